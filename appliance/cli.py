@@ -1,0 +1,127 @@
+"""The `dcv` command: arguments in, exit status out. Everything else is elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+from rich.console import Console
+from rich.table import Table
+
+from appliance import __version__
+from appliance.config import effective_config, load_config
+from appliance.engine.command import parse_extra_args
+from appliance.errors import ConfigError
+from appliance.log import configure_log
+from appliance.notify import Notifier
+from appliance.run import run
+
+DEFAULT_STATUS_SOCKET = "/run/dcv/status.sock"
+STATUS_TIMEOUT_S = 5.0
+MAX_STATUS_BYTES = 1 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.command(arguments)
+    return status
+
+
+def serve_command(arguments: argparse.Namespace) -> int:
+    """`dcv serve`: boot and serve, or only check the configuration."""
+    try:
+        config = load_config(arguments.config)
+        parse_extra_args(config.engine.extra_args)
+    except ConfigError as error:
+        print(f"dcv: {error.message}\ndcv: {error.advice}", file=sys.stderr)
+        return error.exit_status
+    if arguments.check:
+        print(json.dumps(effective_config(config), indent=2))
+        return 0
+    log = configure_log(format=config.log.format, level=config.log.level)
+    notifier = Notifier.from_environment(os.environ, pid=os.getpid())
+    ended_by = trio.run(partial(run, config, log=log, notifier=notifier))
+    return 0 if ended_by is None else ended_by.exit_status
+
+
+def status_command(arguments: argparse.Namespace) -> int:
+    """`dcv status`: 0 serving, 1 not serving, 2 nobody answers."""
+    try:
+        document = _read_status(arguments.socket)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "what answers is no appliance"
+        print(f"dcv: no appliance at {arguments.socket}: {reason}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        _print_status(document)
+    return 0 if document.get("status") == "serving" else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dcv", description="Confidential, verifiable LLM inference: the appliance."
+    )
+    parser.add_argument("--version", action="version", version=f"dcv {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="boot the appliance and serve",
+        description="Boot in numbered stages, then serve until SIGTERM, which drains.",
+        epilog="Exit status: 0 stopped in order, 69 the engine did not start, 70 the engine died "
+        "or a defect, 71 the port cannot be opened, 78 the configuration or the model is wrong.",
+    )
+    serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file")
+    serve.add_argument(
+        "--check", action="store_true", help="validate, print the effective configuration, exit"
+    )
+    serve.set_defaults(command=serve_command)
+
+    status = commands.add_parser(
+        "status",
+        help="what a running appliance is doing",
+        description="Ask the appliance on its local socket.",
+        epilog="Exit status: 0 serving, 1 not serving, 2 no answer.",
+    )
+    status.add_argument(
+        "--socket", default=DEFAULT_STATUS_SOCKET, metavar="PATH", help="default: %(default)s"
+    )
+    status.add_argument("--json", action="store_true", help="the document as it is")
+    status.set_defaults(command=status_command)
+    return parser
+
+
+def _read_status(path: str) -> dict[str, object]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(STATUS_TIMEOUT_S)
+        connection.connect(path)
+        data = b""
+        while (part := connection.recv(65_536)) and len(data) < MAX_STATUS_BYTES:
+            data += part
+    document = json.loads(data)
+    if not isinstance(document, dict):
+        raise ValueError("expected an object")  # noqa: TRY004  # bad bytes, not a bad call
+    return document
+
+
+def _print_status(document: dict[str, object]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in document.items():
+        table.add_row(f"[bold]{name}[/bold]", _words(value))
+    Console().print(table)
+
+
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items() if item not in ("", None))
+    return "none" if value is None else str(value)

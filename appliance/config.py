@@ -1,0 +1,355 @@
+"""The measured configuration: one TOML file, decoded strictly into frozen values.
+
+The field declarations below are the manual: every field has a unit in its name or description,
+a bound and a default where a sane one exists. An unknown key is an error that names the key and
+the nearest known one. Nothing here reads the environment.
+
+Relative paths are taken from the folder that holds the configuration file, so that a file means
+the same wherever the process was started.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+from appliance.errors import ConfigError
+
+Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
+Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86_400)]
+Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+Sha256Hex: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+# What makes SGLang log content, listen elsewhere, or run code that was not measured. A name is
+# refused when it is a prefix of one of these or the other way round, because argparse accepts
+# any unambiguous abbreviation of a long option.
+REFUSED_ENGINE_ARGUMENTS = frozenset(
+    {
+        "config",
+        "crash-dump-folder",
+        "custom-sigquit-handler",
+        "enable-custom-logit-processor",
+        "enable-return-hidden-states",
+        "enable-trace",
+        "export-metrics-to-file",
+        "fastapi-root-path",
+        "file-storage-path",
+        "grpc-mode",
+        "grpc-port",
+        "load-publish-endpoint",
+        "log-level",
+        "log-requests",
+        "otlp-traces-endpoint",
+        "sidecar",
+        "smg-grpc-mode",
+        "smg-http-sidecar-port",
+        "ssl-certfile",
+        "ssl-keyfile",
+        "tool-server",
+        "trust-remote-code",
+        "trust-request-chat-template",
+    }
+)
+
+# Request keys that reach into the engine; no configuration may let a client send one.
+REFUSED_REQUEST_KEYS = frozenset(
+    {
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "cache_salt",
+        "custom_labels",
+        "custom_logit_processor",
+        "custom_params",
+        "data_parallel_rank",
+        "extra_key",
+        "input_ids",
+        "lora_path",
+        "priority",
+        "rid",
+        "routed_dp_rank",
+        "session_id",
+        "session_params",
+        "watermark",
+    }
+)
+
+
+class Listen(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[listen]`: the public port and the local status socket.
+
+    Attributes:
+        host: address to bind; a literal IP address.
+        port: TCP port; 0 takes a free one (tests).
+        status_socket: Unix socket that `dcv status` reads, mode 0600.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8443
+    status_socket: str = "status.sock"
+
+
+class Tls(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[tls]`: the certificate around the key that is born at boot.
+
+    Attributes:
+        names: DNS names and IP addresses of the self-signed certificate.
+        certificate_file: where its PEM is written for clients to trust; not the key, which never
+            leaves memory. Empty writes none.
+    """
+
+    names: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=32)] = (
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    )
+    certificate_file: str = ""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[limits]`: every bound on what a client may take. Durations in seconds, sizes in bytes.
+
+    Attributes:
+        max_body_bytes: request body.
+        max_response_bytes: one non-streamed engine answer, held in memory.
+        max_event_bytes: one SSE event of the engine.
+        max_nesting: depth of a JSON body.
+        max_concurrent: engine generations at once; `n` choices count as `n`.
+        max_choices: `n` times the number of prompts of one request.
+        max_connections: open TCP connections; one more is closed before its handshake.
+        max_connections_per_peer: the same, from one address.
+        handshake_s: TLS handshake.
+        idle_s: a connection without a request in progress.
+        body_s: the whole request body.
+        write_s: one write to a client that does not read.
+        heartbeat_s: silence in a stream after which `: ping` is sent.
+        engine_first_event_s: from forwarding to the engine's first byte (queueing included).
+        engine_idle_s: between two reads from the engine once it has begun to answer.
+        generation_s: a whole answer that is not streamed: the engine is silent until its end.
+        drain_s: how long running exchanges may go on after SIGTERM.
+    """
+
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 8 << 20
+    max_response_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 64 << 20
+    max_event_bytes: Annotated[int, Meta(ge=1024, le=1 << 28)] = 4 << 20
+    max_nesting: Annotated[int, Meta(ge=4, le=256)] = 64
+    max_concurrent: Count = 256
+    max_choices: Annotated[int, Meta(ge=1, le=128)] = 16
+    max_connections: Count = 4096
+    max_connections_per_peer: Count = 1024
+    handshake_s: Seconds = 10.0
+    idle_s: Seconds = 75.0
+    body_s: Seconds = 60.0
+    write_s: Seconds = 20.0
+    heartbeat_s: Seconds = 15.0
+    engine_first_event_s: Seconds = 600.0
+    engine_idle_s: Seconds = 120.0
+    generation_s: Seconds = 3600.0
+    drain_s: Seconds = 30.0
+
+
+class Engine(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[engine]`: SGLang, as a supervised child. Durations in seconds.
+
+    Attributes:
+        python: interpreter of the engine's own environment.
+        version: the SGLang release of that environment, as the lock pins it.
+        runtime_dir: private folder for the settings file and the init file; made 0700.
+        python_path: folders put on the engine's PYTHONPATH (what it needs without a GPU).
+        device: where it computes.
+        dtype: number format of weights and activations.
+        attention_backend: `fa3` on Hopper, `torch_native` on a CPU.
+        deterministic: batch-invariant kernels and seeded sampling.
+        random_seed: the server-wide seed.
+        tensor_parallel, data_parallel: GPUs per replica, replicas.
+        context_length: tokens; null takes the model's own.
+        memory_fraction: of the device's memory for weights and KV cache; null lets it choose.
+        max_running_requests, max_total_tokens: scheduler bounds; null lets it choose.
+        stream_interval: tokens per streamed event.
+        nodes, node_rank, coordinator: multi-node; `coordinator` is host:port of rank 0.
+        extra_args: more SGLang options, `name=value` or `name` for a flag; may not override ours.
+        extra_request_keys: request keys that clients may send beyond the allow-list.
+        ready_deadline_s: from start to ready; the default fits 70B weights from a slow disk.
+        stop_grace_s: from SIGTERM to SIGKILL.
+        health_interval_s, health_deadline_s, health_failures: a generation probe this often,
+            each this long; so many failures in a row mean the engine hangs.
+        unsafe_command: run this program instead of SGLang (tests, development): what it computes
+            is not SGLang's, so no policy but a named unsafe one will ever accept it.
+    """
+
+    python: str = ""
+    version: Name = "0.5.23"
+    runtime_dir: str = "engine"
+    python_path: tuple[str, ...] = ()
+    device: Literal["cuda", "cpu"] = "cuda"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    attention_backend: Name = "fa3"
+    deterministic: bool = True
+    random_seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 1
+    tensor_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
+    data_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
+    context_length: Count | None = None
+    memory_fraction: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    max_running_requests: Count | None = None
+    max_total_tokens: Annotated[int, Meta(ge=1)] | None = None
+    stream_interval: Annotated[int, Meta(ge=1, le=1024)] = 1
+    nodes: Annotated[int, Meta(ge=1, le=64)] = 1
+    node_rank: Annotated[int, Meta(ge=0, le=63)] = 0
+    coordinator: str = ""
+    extra_args: tuple[Name, ...] = ()
+    extra_request_keys: tuple[Name, ...] = ()
+    ready_deadline_s: Seconds = 1800.0
+    stop_grace_s: Seconds = 30.0
+    health_interval_s: Seconds = 15.0
+    health_deadline_s: Seconds = 30.0
+    health_failures: Annotated[int, Meta(ge=1, le=100)] = 3
+    unsafe_command: tuple[str, ...] = ()
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[model]`: what is served.
+
+    Attributes:
+        id: the name clients ask for.
+        path: folder with the weights, the tokenizer and the chat template.
+        revision: the publisher's name for these weights; null when unknown.
+        files: sha256 of every file below `path`, checked at every start. A file that is not
+            listed, or listed and missing, is refused.
+        max_model_len: tokens a request may span, told to clients; null when unknown.
+    """
+
+    id: Name
+    path: str
+    files: dict[str, Sha256Hex]
+    revision: str | None = None
+    max_model_len: Count | None = None
+
+
+class Log(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[log]`: structured lines on standard error; `auto` is pretty on a terminal, else JSON."""
+
+    format: Literal["auto", "json", "pretty"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class MeasuredConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file. In the image it lies under dm-verity, hence its name."""
+
+    model: Model
+    listen: Listen = Listen()
+    tls: Tls = Tls()
+    limits: Limits = Limits()
+    engine: Engine = Engine()
+    log: Log = Log()
+
+
+def load_config(path: Path) -> MeasuredConfig:
+    """Read, decode and check a configuration file.
+
+    Raises:
+        ConfigError: unreadable, not TOML, an unknown key, a wrong type, out of bounds, or
+            settings that contradict each other. The message names the key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"cannot read {path}: {reason}") from error
+    return parse_config(text, folder=path.resolve().parent)
+
+
+def parse_config(text: str, *, folder: Path) -> MeasuredConfig:
+    """Decode the text of a configuration file; relative paths are taken from `folder`.
+
+    Raises:
+        ConfigError: as for `load_config`.
+    """
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from error
+    try:
+        config = msgspec.convert(raw, MeasuredConfig, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error))) from error
+    config = _resolve_paths(config, folder)
+    _check_engine(config.engine)
+    return config
+
+
+def effective_config(config: MeasuredConfig) -> dict[str, object]:
+    """The configuration with every default filled in, as plain values for display.
+
+    It holds no secret yet; when a section gains one, it is masked here.
+    """
+    plain = msgspec.to_builtins(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+_UNKNOWN = re.compile(
+    r"^Object contains unknown field `(?P<field>.*)`(?: - at `\$\.?(?P<at>.*)`)?$"
+)
+_LOCATED = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<at>.*)`$")
+
+
+def _explain(message: str) -> str:
+    """Turn msgspec's message into one that names the key as the file spells it."""
+    if unknown := _UNKNOWN.match(message):
+        section, field = unknown["at"] or "", unknown["field"]
+        known = _known_keys(section)
+        near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)
+        place = f"[{section}] {field}" if section else field
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return f"unknown key {place}{hint}"
+    if located := _LOCATED.match(message):
+        section, _, field = located["at"].rpartition(".")
+        place = f"[{section}] {field}" if section else located["at"]
+        return f"{place}: {located['what'][0].lower()}{located['what'][1:]}"
+    return message[0].lower() + message[1:]
+
+
+def _known_keys(section: str) -> list[str]:
+    sections = {field.name: field.type for field in msgspec.structs.fields(MeasuredConfig)}
+    if not section:
+        return sorted(sections)
+    struct = sections.get(section)
+    return [field.name for field in msgspec.structs.fields(struct)] if struct else []
+
+
+def _resolve_paths(config: MeasuredConfig, folder: Path) -> MeasuredConfig:
+    def absolute(path: str) -> str:
+        return str(folder / path) if path else ""
+
+    replace = msgspec.structs.replace
+    return replace(
+        config,
+        listen=replace(config.listen, status_socket=absolute(config.listen.status_socket)),
+        tls=replace(config.tls, certificate_file=absolute(config.tls.certificate_file)),
+        model=replace(config.model, path=absolute(config.model.path)),
+        engine=replace(
+            config.engine,
+            python=absolute(config.engine.python),
+            runtime_dir=absolute(config.engine.runtime_dir),
+            python_path=tuple(absolute(path) for path in config.engine.python_path),
+        ),
+    )
+
+
+def _check_engine(engine: Engine) -> None:
+    if not engine.unsafe_command and not engine.python:
+        raise ConfigError("[engine] python: missing (the interpreter of the engine's environment)")
+    if engine.nodes > 1 and not engine.coordinator:
+        raise ConfigError("[engine] coordinator: required when nodes > 1 (host:port of rank 0)")
+    if engine.node_rank >= engine.nodes:
+        raise ConfigError(f"[engine] node_rank: expected below nodes ({engine.nodes})")
+    for key in engine.extra_request_keys:
+        if key in REFUSED_REQUEST_KEYS:
+            raise ConfigError(f"[engine] extra_request_keys: `{key}` may never come from a client")

@@ -1,0 +1,236 @@
+"""One HTTP/1.1 exchange with the engine, on Trio, as few layers as it takes.
+
+A connection serves one request. Closing it is what aborts the generation in the engine, so it
+must belong to one request anyway; connecting over loopback costs about 0.1 ms, and the question
+whether a kept connection died before or after the engine read the request never arises.
+
+Sockets are used directly (`wait_readable` and `recv`): Trio's stream layers cost more per token
+than everything else the relay does (docs/adr/0004).
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass, field
+
+import trio
+
+from appliance.errors import (
+    EngineError,
+    EngineProtocolError,
+    EngineRefused,
+    EngineStreamFailed,
+    EngineUnavailable,
+    Malformed,
+)
+from appliance.wire.http1 import ResponseHead, ResponseReader
+
+LOOPBACK = "127.0.0.1"
+
+_RECEIVE_BYTES = 65_536
+_MAX_ERROR_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where the engine answers, and the key it wants."""
+
+    port: int
+    api_key: str = field(repr=False)
+    host: str = LOOPBACK
+
+
+class EngineResponse:
+    """The engine's answer to one request, read as it comes.
+
+    Reading methods may be cancelled and called again: no byte is lost. Only one task may read.
+    `close` may be called from any task at any time; a read in progress then raises
+    EngineStreamFailed.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._reader = ResponseReader()
+        self._closed = False
+
+    async def head(self) -> ResponseHead:
+        """Wait for status and headers.
+
+        Raises:
+            EngineStreamFailed: the connection ended first.
+            EngineProtocolError: what came is not an HTTP response.
+        """
+        while self._reader.head is None:
+            await self._feed()
+        return self._reader.head
+
+    async def receive(self) -> bytes:
+        """The body bytes that are there, at least one; b"" once at its end.
+
+        Raises:
+            EngineStreamFailed: the connection ended before the body did.
+            EngineProtocolError: the body's framing is broken.
+        """
+        while True:
+            try:
+                data = self._reader.take()
+            except Malformed as error:
+                raise EngineProtocolError(error.message) from error
+            if data or self._reader.complete:
+                return data
+            await self._feed()
+
+    async def read_all(self, *, limit_bytes: int) -> bytes:
+        """The whole body.
+
+        Raises:
+            EngineProtocolError: it is over the limit, or as for `receive`.
+            EngineStreamFailed: as for `receive`.
+        """
+        parts: list[bytes] = []
+        size = 0
+        while data := await self.receive():
+            parts.append(data)
+            size += len(data)
+            if size > limit_bytes:
+                raise EngineProtocolError(f"expected an answer of at most {limit_bytes} bytes")
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Close the connection, which aborts what the engine is doing. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+    async def _feed(self) -> None:
+        if self._closed:
+            raise EngineStreamFailed("the exchange with the engine was ended")
+        try:
+            await trio.lowlevel.wait_readable(self._socket)
+            data = self._socket.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except trio.ClosedResourceError:
+            raise EngineStreamFailed("the exchange with the engine was ended") from None
+        except OSError as error:
+            raise EngineStreamFailed("the engine broke the connection") from error
+        try:
+            self._reader.feed(data)
+        except Malformed as error:
+            if not data:
+                raise EngineStreamFailed("the engine ended the connection early") from error
+            raise EngineProtocolError(error.message) from error
+
+
+async def open_exchange(
+    address: EngineAddress, method: str, path: str, body: bytes = b""
+) -> EngineResponse:
+    """Connect and send a request. The caller owns the response and closes it.
+
+    Raises:
+        EngineUnavailable: the engine does not take the connection or the request.
+    """
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await _connect(connection, (address.host, address.port))
+        await _send_all(connection, _request(address, method, path, body))
+    except OSError as error:
+        connection.close()
+        raise EngineUnavailable("the engine does not accept connections") from error
+    except BaseException:
+        connection.close()
+        raise
+    return EngineResponse(connection)
+
+
+async def fetch_status(address: EngineAddress, path: str) -> int:
+    """Status of a GET whose body does not matter.
+
+    Raises:
+        EngineError: the engine does not answer, or not in HTTP.
+    """
+    response = await open_exchange(address, "GET", path)
+    try:
+        return (await response.head()).status
+    finally:
+        response.close()
+
+
+async def read_refusal(response: EngineResponse) -> EngineError:
+    """The error behind a response whose status is not 200.
+
+    SGLang's message echoes input and server paths; only the shapes below are repeated, with
+    nothing but their numbers.
+    """
+    status = (await response.head()).status
+    try:
+        text = (await response.read_all(limit_bytes=_MAX_ERROR_BYTES)).decode("utf-8", "replace")
+    except EngineError:
+        text = ""
+    if status in (400, 413, 422):
+        return EngineRefused(_explain(text), http_status=400)
+    if status in (429, 503):
+        return EngineUnavailable("the engine is not taking requests")
+    if status >= 500:
+        return EngineStreamFailed("the engine failed on this request")
+    return EngineProtocolError(f"expected 200 or a refusal from the engine, got status {status}")
+
+
+_REASONS = (
+    (
+        re.compile(
+            r"\((\d{1,9}) tokens\) is longer than the model's context length \((\d{1,9}) tokens"
+        ),
+        "the input has {0} tokens, the model's context is {1}",
+    ),
+    (
+        re.compile(
+            r"maximum context length of (\d{1,9}) tokens\. You requested a total of (\d{1,9}) tokens"
+        ),
+        "input and completion need {1} tokens, the model's context is {0}",
+    ),
+)
+
+
+def _explain(text: str) -> str:
+    for shape, message in _REASONS:
+        if found := shape.search(text):
+            return message.format(*found.groups())
+    return "the engine refused a value in this request"
+
+
+def _request(address: EngineAddress, method: str, path: str, body: bytes) -> bytes:
+    head = (
+        f"{method} {path} HTTP/1.1\r\n"
+        f"host: {address.host}:{address.port}\r\n"
+        f"authorization: Bearer {address.api_key}\r\n"
+        "content-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n"
+        "connection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body
+
+
+async def _connect(connection: socket.socket, address: tuple[str, int]) -> None:
+    try:
+        connection.connect(address)
+    except BlockingIOError:
+        await trio.lowlevel.wait_writable(connection)
+        if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(code, "connect") from None
+    else:
+        await trio.lowlevel.checkpoint()
+
+
+async def _send_all(connection: socket.socket, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        await trio.lowlevel.wait_writable(connection)
+        try:
+            view = view[connection.send(view) :]
+        except BlockingIOError:
+            continue

@@ -1,0 +1,245 @@
+"""Every error this project raises on purpose, in one tree.
+
+Whose fault it is comes first, because that decides what happens next:
+
+    ApplianceError                 code, HTTP status, exit status and advice on every leaf
+    ├── ConfigError                ours, before boot: the configuration is wrong
+    ├── BootError                  a numbered boot stage failed; carries the leaf that says why
+    ├── ListenError                the public port cannot be opened
+    ├── ModelError                 the weights on disk are not the ones the configuration names
+    ├── Malformed                  bytes that do not parse (`appliance.wire` raises nothing else)
+    ├── RequestError               the client's: 4xx, never retried as it stands
+    │   ├── InvalidRequest  InvalidSeed  UnknownParameter  UnsupportedFeature
+    │   ├── BodyTooLarge  BodyTooSlow
+    │   ├── ModelNotFound  RouteNotFound  MethodNotAllowed
+    │   └── SessionNotAccepted
+    ├── CapacityError              nobody's: try again later
+    │   ├── Overloaded
+    │   └── NotServing
+    └── EngineError                the engine's
+        ├── EngineStartFailed  EngineExposed          it never became usable
+        ├── EngineDied  EngineHung                    it stopped being usable
+        ├── EngineUnavailable                         it did not accept this request
+        ├── EngineProtocolError  EngineStreamFailed   it broke off, or did not speak its dialect
+        └── EngineRefused                             it judged the request itself: its 4xx is kept
+
+Rules: a message never holds a prompt, a completion, a key or a path of the machine it came
+from. `web.problem` turns an error into an HTTP answer, `run` turns one into an exit status, and
+neither looks at anything but the attributes declared here.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+# Exit statuses follow sysexits(3), so that systemd and shell scripts can tell them apart.
+EX_USAGE = 64
+EX_UNAVAILABLE = 69
+EX_SOFTWARE = 70
+EX_OSERR = 71
+EX_CONFIG = 78
+
+
+class ApplianceError(Exception):
+    """The root of the tree; only its leaves are raised.
+
+    Attributes:
+        code: stable machine-readable name, the `code` of an OpenAI error object.
+        type: the `type` of an OpenAI error object.
+        http_status: status of the HTTP answer when a request meets this error.
+        exit_status: status of the process when this error ends it.
+        advice: what the operator does about it, one sentence.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "server_error"
+    http_status: int = 500
+    exit_status: int = EX_SOFTWARE
+    advice: ClassVar[str] = "This is a defect: report it with the log lines around it."
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class ConfigError(ApplianceError):
+    code = "config_error"
+    exit_status = EX_CONFIG
+    advice = "Correct the configuration file; `dcv serve --config FILE --check` tells when it is."
+
+
+class ListenError(ApplianceError):
+    code = "listen_failed"
+    exit_status = EX_OSERR
+    advice = "Free the port, or choose another [listen] host and port."
+
+
+class ModelError(ApplianceError):
+    code = "model_mismatch"
+    exit_status = EX_CONFIG
+    advice = "Restore the model files that the configuration names, or correct [model] files."
+
+
+class BootError(ApplianceError):
+    """A numbered stage of the boot failed.
+
+    The exit status and the advice are those of the error behind it.
+    """
+
+    code = "boot_failed"
+    http_status = 503
+
+    def __init__(self, stage: int, name: str, cause: ApplianceError) -> None:
+        super().__init__(f"stage {stage} ({name}): {cause.message}")
+        self.stage = stage
+        self.name = name
+        self.cause = cause
+        self.exit_status = cause.exit_status
+
+
+class Malformed(ApplianceError):
+    """Bytes that do not parse.
+
+    Attributes:
+        field: what was being read, as a path such as `$.messages[0].role`.
+        offset: where, in bytes from the start of the input; None where a parser cannot tell.
+    """
+
+    code = "malformed"
+    type = "invalid_request_error"
+    http_status = 400
+    advice = "Nothing to do here: what was received is not what its format says."
+
+    def __init__(self, message: str, *, field: str = "$", offset: int | None = None) -> None:
+        super().__init__(message, param=None if field == "$" else field.removeprefix("$."))
+        self.field = field
+        self.offset = offset
+
+
+class RequestError(ApplianceError):
+    type = "invalid_request_error"
+    http_status = 400
+    advice = "Nothing to do on the appliance: the client must change its request."
+
+
+class InvalidRequest(RequestError):
+    code = "invalid_request"
+
+
+class InvalidSeed(RequestError):
+    code = "invalid_seed"
+
+
+class UnknownParameter(RequestError):
+    code = "unknown_parameter"
+
+
+class UnsupportedFeature(RequestError):
+    code = "unsupported_feature"
+
+
+class BodyTooLarge(RequestError):
+    code = "request_too_large"
+    http_status = 413
+
+
+class BodyTooSlow(RequestError):
+    code = "request_timeout"
+    http_status = 408
+
+
+class ModelNotFound(RequestError):
+    code = "model_not_found"
+    http_status = 404
+
+
+class RouteNotFound(RequestError):
+    code = "not_found"
+    http_status = 404
+
+
+class MethodNotAllowed(RequestError):
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class SessionNotAccepted(RequestError):
+    code = "session_not_accepted"
+    http_status = 412
+
+
+class CapacityError(ApplianceError):
+    http_status = 503
+
+
+class Overloaded(CapacityError):
+    code = "overloaded"
+    type = "rate_limit_error"
+    http_status = 429
+    advice = "Add capacity, or raise [limits] max_concurrent if the engine has room."
+
+
+class NotServing(CapacityError):
+    code = "not_serving"
+    advice = "Read `dcv status`: the appliance is booting, draining or withdrawn."
+
+
+class EngineError(ApplianceError):
+    http_status = 503
+
+
+class EngineStartFailed(EngineError):
+    code = "engine_start_failed"
+    exit_status = EX_UNAVAILABLE
+    advice = "Read the engine's log lines above; [engine] ready_deadline_s bounds the start."
+
+
+class EngineExposed(EngineError):
+    code = "engine_exposed"
+    exit_status = EX_UNAVAILABLE
+    advice = "Remove what makes the engine listen beyond loopback from [engine] extra_args."
+
+
+class EngineDied(EngineError):
+    code = "engine_died"
+    exit_status = EX_SOFTWARE
+    advice = "Read the engine's last log lines; systemd starts the appliance again."
+
+
+class EngineHung(EngineError):
+    code = "engine_hung"
+    exit_status = EX_SOFTWARE
+    advice = "Read the engine's last log lines; systemd starts the appliance again."
+
+
+class EngineUnavailable(EngineError):
+    code = "engine_unavailable"
+    advice = "If it lasts, read the engine's log lines and `dcv status`."
+
+
+class EngineProtocolError(EngineError):
+    code = "engine_protocol_error"
+    http_status = 502
+    advice = "The engine did not speak its own dialect: check that its version is the locked one."
+
+
+class EngineStreamFailed(EngineError):
+    code = "engine_failed"
+    http_status = 502
+    advice = "Read the engine's log lines of that moment."
+
+
+class EngineRefused(EngineError):
+    """The engine judged the request; its 4xx is kept, its message is not (it echoes input)."""
+
+    code = "engine_refused"
+    type = "invalid_request_error"
+    advice = "Nothing to do on the appliance: the client must change its request."
+
+    def __init__(self, message: str, *, http_status: int) -> None:
+        super().__init__(message)
+        self.http_status = http_status

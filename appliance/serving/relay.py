@@ -1,0 +1,297 @@
+"""From the engine's answer to the client's bytes.
+
+    engine.client ── EngineStream ──┐
+    engine.client ── EngineStream ──┴─ MergedStream ── web.stream ── client
+
+Events are handed on as the bytes they came in. Nothing is decoded per token unless several
+engine answers must become one. Nothing here waits with a deadline: whoever calls `start` or
+`receive` sets one, and both may be cancelled and called again without losing a byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from types import TracebackType
+from typing import Protocol, Self
+
+import trio
+
+from appliance.config import Limits
+from appliance.engine.client import EngineAddress, EngineResponse, open_exchange, read_refusal
+from appliance.errors import EngineError, EngineProtocolError, EngineStreamFailed, Malformed
+from appliance.serving.admission import Exchange
+from appliance.wire.answers import ChunkMerger, merge_answers
+from appliance.wire.canonical import JsonObject, canonical_json, parse_json_object
+from appliance.wire.openai import ChoicePlan, InferenceRequest, forwarded_body
+from appliance.wire.sse import DONE_EVENT, Block, BlockReader, encode_event, split_events
+
+
+class EventSource(Protocol):
+    """A stream of SSE events. Entered around `receive`; `start` comes before."""
+
+    async def start(self) -> None:
+        """Wait until the engine has begun to answer; raise what it refuses with."""
+
+    async def receive(self) -> bytes:
+        """The bytes of at least one event, `[DONE]` included; b"" once after the last."""
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+async def forward(
+    address: EngineAddress,
+    request: InferenceRequest,
+    plans: Sequence[ChoicePlan],
+    exchange: Exchange,
+) -> list[EngineResponse]:
+    """Send the engine one request per planned choice.
+
+    The connections belong to the exchange from here on: its end closes them.
+
+    Raises:
+        EngineUnavailable: the engine does not take them.
+    """
+    responses = []
+    for plan in plans:
+        body = forwarded_body(request.body, plan)
+        response = await open_exchange(address, "POST", request.endpoint.value, body)
+        exchange.on_close(response.close)
+        responses.append(response)
+    return responses
+
+
+async def collect_answer(
+    responses: Sequence[EngineResponse],
+    plans: Sequence[ChoicePlan],
+    limits: Limits,
+    *,
+    response_id: str,
+) -> bytes:
+    """The whole answer of a request that is not streamed: JSON, the engine's own bytes where
+    there is one choice.
+
+    Raises:
+        EngineError: the engine refused, failed, or answered something that is not an answer.
+    """
+    bodies: list[bytes] = [b""] * len(responses)
+
+    async def collect(number: int) -> None:
+        bodies[number] = await _answer_body(responses[number], limits)
+
+    if len(responses) == 1:
+        await collect(0)
+    else:
+        await _all_or_first_error([partial(collect, n) for n in range(len(responses))])
+    try:
+        answers = [parse_json_object(body, max_nesting=limits.max_nesting) for body in bodies]
+        if len(answers) == 1:
+            return bodies[0]
+        return canonical_json(merge_answers(answers, plans, response_id=response_id))
+    except Malformed as error:
+        raise EngineProtocolError(f"the engine's answer: {error.message}") from error
+
+
+def event_source(
+    responses: Sequence[EngineResponse],
+    plans: Sequence[ChoicePlan],
+    limits: Limits,
+    *,
+    response_id: str,
+) -> EventSource:
+    """The event stream of a streamed request."""
+    streams = [EngineStream(response, limits) for response in responses]
+    if len(streams) == 1:
+        return streams[0]
+    return MergedStream(streams, plans, limits, response_id=response_id)
+
+
+class EngineStream:
+    """The events of one engine answer."""
+
+    def __init__(self, response: EngineResponse, limits: Limits) -> None:
+        self._response = response
+        self._reader = BlockReader(max_event_bytes=limits.max_event_bytes)
+        self._started = False
+        self._failed: EngineStreamFailed | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._response.close()
+
+    async def start(self) -> None:
+        """As `EventSource.start`.
+
+        Raises:
+            EngineRefused, EngineUnavailable, EngineStreamFailed, EngineProtocolError.
+        """
+        if self._started:
+            return
+        head = await self._response.head()
+        if head.status != 200:
+            raise await read_refusal(self._response)
+        if not head.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
+            raise EngineProtocolError("expected an event stream from the engine")
+        self._started = True
+
+    async def receive(self) -> bytes:
+        """As `EventSource.receive`.
+
+        Raises:
+            EngineStreamFailed: an error event, or the end before `[DONE]`.
+            EngineProtocolError: not events as SGLang writes them.
+        """
+        block = await self.receive_block()
+        if block is None:
+            return b""
+        return block.data + DONE_EVENT if block.done else block.data
+
+    async def receive_block(self) -> Block | None:
+        """The next block with at least one event or the terminator; None after the terminator.
+
+        Raises:
+            EngineStreamFailed, EngineProtocolError: as for `receive`.
+        """
+        await self.start()
+        if self._failed is not None:
+            raise self._failed
+        while not self._reader.done:
+            data = await self._response.receive()
+            if not data:
+                raise EngineStreamFailed("the engine ended its answer before it was complete")
+            try:
+                block = self._reader.feed(data)
+            except Malformed as error:
+                raise EngineProtocolError(f"the engine's events: {error.message}") from error
+            if block is None:
+                continue
+            if block.error:
+                self._failed = EngineStreamFailed("the engine failed while it answered")
+                if not block.data:
+                    raise self._failed
+            return block
+        return None
+
+
+class MergedStream:
+    """Several engine answers as one stream, in the order their events arrive.
+
+    Entering opens the nursery of the tasks that read; leaving cancels them. A channel without a
+    buffer joins them, so a client that does not read stops all of them.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[EngineStream],
+        plans: Sequence[ChoicePlan],
+        limits: Limits,
+        *,
+        response_id: str,
+    ) -> None:
+        self._streams = streams
+        self._plans = plans
+        self._max_nesting = limits.max_nesting
+        self._merger = ChunkMerger(plans, response_id=response_id)
+        self._send, self._receive = trio.open_memory_channel[bytes | EngineError](0)
+        self._manager: AbstractAsyncContextManager[trio.Nursery] = trio.open_nursery()
+        self._nursery: trio.Nursery | None = None
+        self._ended = False
+
+    async def start(self) -> None:
+        """As `EventSource.start`, for all of them."""
+        await _all_or_first_error([stream.start for stream in self._streams])
+
+    async def __aenter__(self) -> Self:
+        self._nursery = await self._manager.__aenter__()
+        for stream, plan in zip(self._streams, self._plans, strict=True):
+            self._nursery.start_soon(self._read, stream, plan, self._send.clone())
+        self._send.close()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
+        await self._manager.__aexit__(kind, error, traceback)
+
+    async def receive(self) -> bytes:
+        """As `EventSource.receive`."""
+        if self._ended:
+            return b""
+        try:
+            item = await self._receive.receive()
+        except trio.EndOfChannel:
+            self._ended = True
+            usage = self._merger.usage_chunk()
+            return (encode_event(usage) if usage is not None else b"") + DONE_EVENT
+        if isinstance(item, EngineError):
+            raise item
+        return item
+
+    async def _read(
+        self,
+        stream: EngineStream,
+        plan: ChoicePlan,
+        send: trio.MemorySendChannel[bytes | EngineError],
+    ) -> None:
+        """Hand on one stream's events; its failure travels to the reader as a value."""
+        with send:
+            try:
+                while (block := await stream.receive_block()) is not None:
+                    if events := self._rewrite(block, plan):
+                        await send.send(events)
+            except EngineError as error:
+                await send.send(error)
+
+    def _rewrite(self, block: Block, plan: ChoicePlan) -> bytes:
+        chunks: list[JsonObject | None] = []
+        try:
+            for event in split_events(block.data):
+                chunk = parse_json_object(event, max_nesting=self._max_nesting)
+                chunks.append(self._merger.rewrite(chunk, plan))
+        except Malformed as error:
+            raise EngineProtocolError(f"the engine's events: {error.message}") from error
+        return b"".join(encode_event(chunk) for chunk in chunks if chunk is not None)
+
+
+async def _answer_body(response: EngineResponse, limits: Limits) -> bytes:
+    if (await response.head()).status != 200:
+        raise await read_refusal(response)
+    return await response.read_all(limit_bytes=limits.max_response_bytes)
+
+
+async def _all_or_first_error(tasks: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Run all; the first EngineError ends the others and is raised by itself, not in a group."""
+    failures: list[EngineError] = []
+
+    async def run(task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except EngineError as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(run, task)
+    if failures:
+        raise failures[0]

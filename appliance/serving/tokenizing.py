@@ -1,0 +1,60 @@
+"""The model's own tokenizer, in the gateway: `/v1/tokenize` and `/v1/detokenize` need no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+import trio
+
+from appliance.errors import ModelError
+
+_FILE = "tokenizer.json"
+
+
+class ModelTokenizer:
+    """Encodes and decodes off the event loop, one call at a time: long texts take a while."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+
+        def encode() -> list[list[int]]:
+            return [
+                self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+                for text in texts
+            ]
+
+        return await trio.to_thread.run_sync(encode, limiter=self._limiter)
+
+    async def decode(
+        self, batches: Sequence[Sequence[int]], *, skip_special_tokens: bool
+    ) -> list[str]:
+        """The text of each sequence of token ids; ids the model does not have are left out."""
+
+        def decode() -> list[str]:
+            return [
+                self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+                for ids in batches
+            ]
+
+        return await trio.to_thread.run_sync(decode, limiter=self._limiter)
+
+
+def load_tokenizer(model_path: Path) -> ModelTokenizer | None:
+    """Load `tokenizer.json` of a model folder; None when the model has none.
+
+    Raises:
+        ModelError: the file is there and cannot be used.
+    """
+    path = model_path / _FILE
+    if not path.exists():
+        return None
+    try:
+        return ModelTokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    except Exception as error:  # the library raises bare Exception for anything it cannot read
+        raise ModelError(f"cannot use {_FILE}: {type(error).__name__}") from error

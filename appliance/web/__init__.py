@@ -1,0 +1,1 @@
+"""HTTP: routes, the error object, streaming, and the contained server. No decisions here."""

@@ -1,0 +1,276 @@
+"""OpenAI's endpoints: read, understand, admit, forward, relay, in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Annotated
+
+import trio
+from msgspec import Meta, Struct
+from quart import Response, request
+from quart_trio import QuartTrio
+
+from appliance.config import MeasuredConfig
+from appliance.engine.client import EngineAddress
+from appliance.errors import (
+    EngineError,
+    EngineStreamFailed,
+    InvalidRequest,
+    ModelNotFound,
+    UnsupportedFeature,
+)
+from appliance.serving.admission import Admission, Exchange
+from appliance.serving.relay import collect_answer, event_source, forward
+from appliance.serving.tokenizing import ModelTokenizer
+from appliance.web.stream import EventStreamBody
+from appliance.wire.canonical import (
+    MAX_SAFE_INTEGER,
+    JsonObject,
+    JsonValue,
+    canonical_json,
+    parse_json_object,
+)
+from appliance.wire.openai import (
+    ChoicePlan,
+    Endpoint,
+    InferenceRequest,
+    convert,
+    parse_request,
+    plan_choices,
+)
+
+PREFIXES = ("/v1", "/~inference@1.0", "/~inference@1.0/v1")
+"""OpenAI's own, and those of the original DCV interface."""
+
+CLEANUP = "dcv.cleanup"
+"""Key in the ASGI scope of the ExitStack that `web.app` closes when the request is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceServices:
+    """What the endpoints work with.
+
+    Attributes:
+        engine: where the engine answers.
+        random: so many random bytes.
+        created: Unix seconds told as the model's creation: when this appliance booted.
+        tokenizer: None when the model has no usable tokenizer file.
+    """
+
+    config: MeasuredConfig
+    admission: Admission
+    engine: EngineAddress
+    tokenizer: ModelTokenizer | None
+    random: Callable[[int], bytes]
+    created: int
+
+
+class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    model: str
+    prompt: str | Annotated[list[str], Meta(min_length=1, max_length=4096)]
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    model: str
+    tokens: list[Annotated[int, Meta(ge=0, le=2**31 - 1)]] | list[list[int]]
+    skip_special_tokens: bool = True
+
+
+def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
+    """Every path of protocol §4, under each prefix."""
+
+    async def chat() -> Response:
+        return await infer(Endpoint.CHAT, services)
+
+    async def completion() -> Response:
+        return await infer(Endpoint.COMPLETION, services)
+
+    async def models() -> Response:
+        return _json({"object": "list", "data": [_model_object(services)]})
+
+    async def model(model_id: str) -> Response:
+        _check_model(model_id, services)
+        return _json(_model_object(services))
+
+    async def tokenize() -> Response:
+        return await encode_tokens(services)
+
+    async def detokenize() -> Response:
+        return await decode_tokens(services)
+
+    for prefix in PREFIXES:
+        for method, path, view in (
+            ("POST", "/chat/completions", chat),
+            ("POST", "/completions", completion),
+            ("GET", "/models", models),
+            ("GET", "/models/<path:model_id>", model),
+            ("POST", "/tokenize", tokenize),
+            ("POST", "/detokenize", detokenize),
+        ):
+            app.add_url_rule(prefix + path, prefix + path, view, methods=[method])
+
+
+async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
+    """One inference request, from its bytes to the beginning of its answer."""
+    limits = services.config.limits
+    # 1. Read and understand; the raw bytes are what a receipt will name.
+    raw = await _read_body()
+    body = parse_json_object(raw, max_nesting=limits.max_nesting)
+    wanted = parse_request(endpoint, body, extra_keys=services.config.engine.extra_request_keys)
+    _check_model(wanted.model, services)
+    _check_transport(wanted)
+    response_id = endpoint.id_prefix + services.random(16).hex()
+    plans = plan_choices(
+        wanted,
+        response_id=response_id,
+        seed=int.from_bytes(services.random(7), "big") & MAX_SAFE_INTEGER,
+        max_choices=limits.max_choices,
+    )
+    # 2. Admit. From here on the request's end, whatever it is, releases the exchange.
+    exchange = services.admission.admit(places=len(plans))
+    cleanup: ExitStack = request.scope[CLEANUP]  # type: ignore[literal-required]
+    cleanup.callback(exchange.release)
+    # 3. Evidence for this request is gathered and appraised here, before anything is forwarded.
+    # 4. Forward and relay.
+    answer = _stream if wanted.stream else _complete
+    try:
+        return await answer(services, wanted, plans, exchange, response_id)
+    except EngineError as error:
+        raise exchange.interrupted or error from error
+
+
+async def _complete(
+    services: InferenceServices,
+    wanted: InferenceRequest,
+    plans: tuple[ChoicePlan, ...],
+    exchange: Exchange,
+    response_id: str,
+) -> Response:
+    limits = services.config.limits
+    try:
+        with trio.fail_after(limits.generation_s):
+            responses = await forward(services.engine, wanted, plans, exchange)
+            data = await collect_answer(responses, plans, limits, response_id=response_id)
+    except trio.TooSlowError:
+        raise EngineStreamFailed("the engine took too long to answer") from None
+    return Response(data, content_type="application/json")
+
+
+async def _stream(
+    services: InferenceServices,
+    wanted: InferenceRequest,
+    plans: tuple[ChoicePlan, ...],
+    exchange: Exchange,
+    response_id: str,
+) -> Response:
+    """The head waits for the engine's, so that its refusals keep their status; but no longer than
+    a heartbeat, after which the client hears pings."""
+    limits = services.config.limits
+    deadline = trio.current_time() + limits.engine_first_event_s
+    try:
+        with trio.fail_at(deadline):
+            responses = await forward(services.engine, wanted, plans, exchange)
+    except trio.TooSlowError:
+        raise EngineStreamFailed("the engine did not take the request in time") from None
+    source = event_source(responses, plans, limits, response_id=response_id)
+    with trio.move_on_after(limits.heartbeat_s):
+        await source.start()
+    response = Response(
+        EventStreamBody(source, exchange, limits, first_deadline=deadline),
+        content_type="text/event-stream",
+        headers={"Cache-Control": "no-cache"},
+    )
+    response.timeout = None  # Quart would cut the stream after 60 s, silently
+    return response
+
+
+async def encode_tokens(services: InferenceServices) -> Response:
+    """`/v1/tokenize`: token ids of a text or of several."""
+    tokenizer = _tokenizer(services)
+    wanted = convert(await _read_object(services), TokenizeRequest)
+    _check_model(wanted.model, services)
+    many = isinstance(wanted.prompt, list)
+    texts = wanted.prompt if isinstance(wanted.prompt, list) else [wanted.prompt]
+    tokens = await tokenizer.encode(texts, add_special_tokens=wanted.add_special_tokens)
+    counts: list[JsonValue] = [len(ids) for ids in tokens]
+    lists: list[JsonValue] = [list(ids) for ids in tokens]
+    return _json(
+        {
+            "tokens": lists if many else lists[0],
+            "count": counts if many else counts[0],
+            "max_model_len": services.config.model.max_model_len,
+        }
+    )
+
+
+async def decode_tokens(services: InferenceServices) -> Response:
+    """`/v1/detokenize`: the text of token ids, or of several lists of them."""
+    tokenizer = _tokenizer(services)
+    wanted = convert(await _read_object(services), DetokenizeRequest)
+    _check_model(wanted.model, services)
+    batches = [item for item in wanted.tokens if isinstance(item, list)]
+    ids = [item for item in wanted.tokens if isinstance(item, int)]
+    if batches and ids:
+        raise InvalidRequest("tokens: expected token ids or lists of them", param="tokens")
+    many = bool(batches)
+    texts = await tokenizer.decode(
+        batches if many else [ids], skip_special_tokens=wanted.skip_special_tokens
+    )
+    decoded: list[JsonValue] = list(texts)
+    return _json({"text": decoded if many else decoded[0]})
+
+
+async def _read_body() -> bytes:
+    """The raw body, whole. Its size and time are bounded by Quart from our limits."""
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedFeature("expected a body without content encoding")
+    data = await request.get_data(cache=False, as_text=False)
+    assert isinstance(data, bytes)
+    return data
+
+
+async def _read_object(services: InferenceServices) -> JsonObject:
+    return parse_json_object(await _read_body(), max_nesting=services.config.limits.max_nesting)
+
+
+def _check_model(name: str, services: InferenceServices) -> None:
+    if name != services.config.model.id:
+        raise ModelNotFound(
+            "this model is not served here; GET /v1/models names the one that is", param="model"
+        )
+
+
+def _check_transport(wanted: InferenceRequest) -> None:
+    if request.args.get("tee", "false").lower() != "false":
+        raise UnsupportedFeature("tee: this appliance issues no receipts yet", param="tee")
+    if wanted.stream and request.http_version == "1.0":
+        # Without chunks the end of a broken stream looks like the end of a whole one.
+        raise UnsupportedFeature("stream: expected HTTP/1.1 or HTTP/2", param="stream")
+
+
+def _tokenizer(services: InferenceServices) -> ModelTokenizer:
+    if services.tokenizer is None:
+        raise UnsupportedFeature("this model has no tokenizer file to tokenize with")
+    return services.tokenizer
+
+
+def _model_object(services: InferenceServices) -> JsonObject:
+    model = services.config.model
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": services.created,
+        "owned_by": "dcv",
+        "root": model.id,
+        "max_model_len": model.max_model_len,
+    }
+
+
+def _json(value: JsonObject) -> Response:
+    return Response(canonical_json(value), content_type="application/json")
+
+
+__all__ = ["CLEANUP", "InferenceServices", "add_inference_routes", "infer"]

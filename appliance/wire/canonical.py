@@ -1,0 +1,135 @@
+"""JSON in: strictly. JSON out: canonically (RFC 8785, JCS).
+
+The parser exists because what we forward is re-serialised from what we parsed (docs/protocol:
+the receipt lets anyone recompute the forwarded bytes). Anything on which two JSON parsers could
+disagree is therefore refused: duplicate keys, unpaired surrogates, NaN and infinities, integers
+beyond 2^53-1, a byte order mark, a value nested too deep.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import NoReturn, TypeAlias
+
+import rfc8785
+
+from appliance.errors import Malformed
+
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
+JsonObject: TypeAlias = dict[str, JsonValue]
+
+MAX_SAFE_INTEGER = 2**53 - 1
+"""The largest integer that every JSON implementation keeps (RFC 8259 section 6)."""
+
+
+def parse_json(data: bytes, *, max_nesting: int) -> JsonValue:
+    """Parse one JSON text, refusing everything two parsers could read differently.
+
+    Args:
+        data: the UTF-8 text, whole; its length is the caller's bound.
+        max_nesting: the deepest allowed array or object; 1 is a flat object.
+
+    Raises:
+        Malformed: with the byte offset where the text stops being JSON, or the path of the value
+            that is refused. The message never quotes the input.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Malformed("expected UTF-8 text", offset=error.start) from None
+    try:
+        value: JsonValue = json.loads(
+            text,
+            object_pairs_hook=_object_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_safe_integer,
+            parse_float=_finite_float,
+        )
+    except json.JSONDecodeError as error:
+        offset = len(text[: error.pos].encode("utf-8"))
+        raise Malformed(
+            f"expected JSON, it ends being so at byte {offset}", offset=offset
+        ) from None
+    except RecursionError:
+        raise _too_deep(max_nesting) from None
+    _check_depth_and_text(value, max_nesting)
+    return value
+
+
+def parse_json_object(data: bytes, *, max_nesting: int) -> JsonObject:
+    """Parse a JSON text whose value is an object; otherwise as `parse_json`."""
+    value = parse_json(data, max_nesting=max_nesting)
+    if not isinstance(value, dict):
+        raise Malformed("expected a JSON object")
+    return value
+
+
+def canonical_json(value: JsonValue) -> bytes:
+    """Serialise to RFC 8785 canonical form.
+
+    Raises:
+        Malformed: the value has no canonical form (only possible for values that did not come
+            from `parse_json`).
+    """
+    try:
+        return rfc8785.dumps(value)
+    except rfc8785.CanonicalizationError as error:
+        raise Malformed(f"no canonical JSON form: {type(error).__name__}") from None
+
+
+def _object_without_duplicates(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise Malformed("expected every key of an object once, a key is repeated")
+    return found
+
+
+def _refuse_constant(_name: str) -> NoReturn:
+    raise Malformed("expected a finite number (JSON has no NaN or Infinity)")
+
+
+def _safe_integer(digits: str) -> int:
+    # The length test comes first: int() of a megabyte of digits is quadratic.
+    if len(digits) > 17 or abs(int(digits)) > MAX_SAFE_INTEGER:
+        raise Malformed("expected an integer within ±(2^53-1)")
+    return int(digits)
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise Malformed("expected a finite number, its exponent is too large")
+    return number
+
+
+def _too_deep(max_nesting: int) -> Malformed:
+    return Malformed(f"expected at most {max_nesting} nested arrays and objects")
+
+
+def _check_depth_and_text(value: JsonValue, max_nesting: int) -> None:
+    """Walk level by level: recursion is what a deeply nested body aims at."""
+    level: list[JsonValue] = [value]
+    depth = 0
+    while level:
+        depth += 1
+        deeper: list[JsonValue] = []
+        for item in level:
+            if isinstance(item, str):
+                _check_text(item)
+            elif isinstance(item, (dict, list)):
+                if depth > max_nesting:
+                    raise _too_deep(max_nesting)
+                deeper.extend(item)
+                if isinstance(item, dict):
+                    deeper.extend(item.values())
+        level = deeper
+
+
+def _check_text(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Malformed("expected Unicode text, a surrogate is unpaired") from None

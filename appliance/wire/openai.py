@@ -1,0 +1,519 @@
+"""OpenAI's request bodies, strictly, and what we change before the engine sees one.
+
+Three questions, three functions, in this order:
+
+1. `parse_chat`, `parse_completion`: is this a request we know, every key and every type?
+2. `plan_choices`: which engine requests does it become, and what does each one change?
+3. `forwarded_body`: the exact bytes the engine gets: JCS of the parsed body with the change
+   applied, so that whoever holds the body and the change recomputes them.
+
+The declarations below are the allow-list: OpenAI's keys that SGLang serves, the sampling keys of
+the original DCV interface and SGLang's own harmless ones. A key that is not declared is refused
+by name, because the engine knows keys that reach into other requests (`rid`, `session_id`,
+`cache_salt`, `lora_path`, …) and pydantic would let them through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from appliance.errors import (
+    InvalidRequest,
+    InvalidSeed,
+    RequestError,
+    SessionNotAccepted,
+    UnknownParameter,
+    UnsupportedFeature,
+)
+from appliance.wire.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue, canonical_json
+
+MAX_MODEL_NAME_BYTES = 256
+
+# JSON that only has to be JSON: `parse_json` has bounded it already, the engine judges the rest.
+AnyJson: TypeAlias = Any
+AnyObject: TypeAlias = dict[str, Any]
+Token: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Tokens: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Stop: TypeAlias = "str | Annotated[list[str], Meta(max_length=64)] | None"
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+LogitBias: TypeAlias = dict[
+    Annotated[str, Meta(pattern="^[0-9]{1,10}$")], Annotated[float, Meta(ge=-100, le=100)]
+]
+
+
+class Endpoint(Enum):
+    """Where a request arrived; the value is the engine's path."""
+
+    CHAT = "/v1/chat/completions"
+    COMPLETION = "/v1/completions"
+
+    @property
+    def id_prefix(self) -> str:
+        """What OpenAI's response ids of this endpoint begin with."""
+        return "chatcmpl-" if self is Endpoint.CHAT else "cmpl-"
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+    include_receipt: bool | None = None
+    include_checkpoints: bool | None = None
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    text: str
+
+
+class DataUrl(Struct, frozen=True, forbid_unknown_fields=True):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="image_url"):
+    image_url: DataUrl
+
+
+class VideoPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="video_url"):
+    video_url: DataUrl
+
+
+class AudioPart(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="audio_url"):
+    audio_url: DataUrl
+
+
+ContentPart: TypeAlias = TextPart | ImagePart | VideoPart | AudioPart
+
+
+class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    arguments: str | AnyObject | None = None
+
+
+class ToolCall(Struct, frozen=True, forbid_unknown_fields=True):
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of any role; what a role requires is the model's chat template's affair."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    # What the openai package echoes when an assistant's answer is sent back as it came.
+    refusal: str | None = None
+    annotations: list[AnyJson] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class FunctionDefinition(Struct, frozen=True, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: AnyObject | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, frozen=True, forbid_unknown_fields=True):
+    function: FunctionDefinition
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True):
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    pass
+
+
+class JsonFormat(
+    Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"
+):
+    pass
+
+
+class JsonSchema(Struct, frozen=True, forbid_unknown_fields=True):
+    schema: AnyObject
+    name: str = "response"
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(
+    Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"
+):
+    json_schema: JsonSchema
+
+
+ResponseFormat: TypeAlias = TextFormat | JsonFormat | JsonSchemaFormat
+
+
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The keys both endpoints take."""
+
+    model: str
+    # OpenAI
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    max_tokens: Tokens | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    presence_penalty: Penalty | None = None
+    response_format: ResponseFormat | None = None
+    seed: AnyJson = None  # its own error code, see `_check_seed`
+    stop: Stop = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    # OpenAI's that have no meaning here: accepted, not forwarded
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+    # The original DCV interface's; the last two belong to beam search, which is not offered
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | None = None
+    # SGLang's
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    stop_token_ids: Annotated[list[Token], Meta(max_length=64)] | None = None
+    no_stop_trim: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    # Consumed by the gateway
+    tee: bool | None = None
+    provider: AnyJson = None
+
+
+class ChatRequest(Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=16_384)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    max_completion_tokens: Tokens | None = None
+    modalities: list[Literal["text"]] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    chat_template_kwargs: AnyObject | None = None
+    continue_final_message: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
+
+
+class CompletionRequest(Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    prompt: str | list[str | Token | list[Token]]
+    best_of: Annotated[int, Meta(ge=1, le=1)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    suffix: str | None = None
+
+
+GATEWAY_KEYS = frozenset({"tee", "provider"})
+"""Consumed here; never forwarded."""
+
+IGNORED_KEYS = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "length_penalty",
+        "early_stopping",
+        "modalities",
+        "best_of",
+    }
+)
+"""Accepted because clients send them, without effect here; never forwarded."""
+
+_GATEWAY_STREAM_OPTIONS = frozenset(
+    {"include_obfuscation", "include_receipt", "include_checkpoints"}
+)
+
+RequestBody: TypeAlias = ChatRequest | CompletionRequest
+_Struct = TypeVar("_Struct", bound=Struct)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicePlan:
+    """One engine request: what it changes in the client's body, and where its answer belongs.
+
+    Attributes:
+        index: of the choice in the client's answer.
+        prompt_index: which of the client's prompts it answers.
+        set: keys to add or replace. `unset`: keys to remove.
+    """
+
+    index: int
+    prompt_index: int
+    set: Mapping[str, JsonValue]
+    unset: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """A request that was understood, with nothing decided yet. `body` is the parsed JSON."""
+
+    endpoint: Endpoint
+    model: str
+    stream: bool
+    include_usage: bool
+    choices_per_prompt: int
+    prompts: tuple[JsonValue, ...]
+    seed: int | None
+    body: JsonObject = field(repr=False)
+
+
+def parse_request(
+    endpoint: Endpoint, body: JsonObject, *, extra_keys: Iterable[str] = ()
+) -> InferenceRequest:
+    """Check a parsed body against the allow-list, every key and type.
+
+    Args:
+        extra_keys: request keys the measured configuration adds; their values pass unchecked.
+
+    Raises:
+        RequestError: the leaf says what; the message names the key and never quotes a value.
+    """
+    extra = frozenset(extra_keys)
+    checked = {key: value for key, value in body.items() if key not in extra}
+    request: RequestBody
+    if endpoint is Endpoint.CHAT:
+        request = convert(checked, ChatRequest)
+        _check_media(request.messages)
+        prompts: tuple[JsonValue, ...] = (None,)
+    else:
+        request = convert(checked, CompletionRequest)
+        prompts = _prompts(request.prompt)
+    if len(request.model.encode("utf-8")) > MAX_MODEL_NAME_BYTES:
+        raise InvalidRequest(f"model: expected at most {MAX_MODEL_NAME_BYTES} bytes", param="model")
+    _check_provider(request.provider)
+    _refuse_receipts(request)
+    options = request.stream_options or StreamOptions()
+    return InferenceRequest(
+        endpoint=endpoint,
+        model=request.model,
+        stream=bool(request.stream),
+        include_usage=bool(options.include_usage),
+        choices_per_prompt=request.n or 1,
+        prompts=prompts,
+        seed=_check_seed(request.seed),
+        body=body,
+    )
+
+
+def plan_choices(
+    request: InferenceRequest, *, response_id: str, seed: int, max_choices: int
+) -> tuple[ChoicePlan, ...]:
+    """Decide the engine requests: one, or one per choice where there are several.
+
+    The engine answers `n` choices of one request with one seed, so all would be the same; and a
+    list of prompts shares it too. Each choice `i` therefore becomes a request of its own with
+    seed `(seed + i) mod 2^53`.
+
+    Args:
+        response_id: the id the client's answer will carry; becomes the engine's request id.
+        seed: used when the client sent none; 0 to 2^53-1.
+        max_choices: prompts times `n` beyond which the request is refused.
+
+    Raises:
+        InvalidRequest: too many choices.
+    """
+    count = request.choices_per_prompt * len(request.prompts)
+    if count > max_choices:
+        raise InvalidRequest(f"n: expected at most {max_choices} choices in all", param="n")
+    base = seed if request.seed is None else request.seed
+    unset = _unset_keys(request.body)
+    common: dict[str, JsonValue] = {}
+    if (options := request.body.get("stream_options")) is not None and request.stream:
+        assert isinstance(options, dict)
+        common["stream_options"] = {
+            key: value
+            for key, value in options.items()
+            if key not in _GATEWAY_STREAM_OPTIONS and value is not None
+        }
+    plans = []
+    for index in range(count):
+        prompt_index = index // request.choices_per_prompt
+        changes: dict[str, JsonValue] = {
+            **common,
+            "rid": response_id if count == 1 else f"{response_id}-{index}",
+            "seed": (base + index) % (MAX_SAFE_INTEGER + 1),
+        }
+        if request.prompts[prompt_index] != request.body.get("prompt"):
+            changes["prompt"] = request.prompts[prompt_index]
+        if request.choices_per_prompt > 1:
+            changes["n"] = 1
+        plans.append(ChoicePlan(index, prompt_index, changes, unset))
+    return tuple(plans)
+
+
+def forwarded_body(body: JsonObject, plan: ChoicePlan) -> bytes:
+    """The exact bytes the engine gets: JCS of the client's body with the plan's change applied."""
+    forwarded = {key: value for key, value in body.items() if key not in plan.unset}
+    return canonical_json({**forwarded, **plan.set})
+
+
+def _unset_keys(body: JsonObject) -> tuple[str, ...]:
+    """Keys the engine must not see, and nulls: OpenAI reads null as absent, SGLang refuses it."""
+    streaming = body.get("stream") is True
+    return tuple(
+        sorted(
+            key
+            for key, value in body.items()
+            if key in GATEWAY_KEYS
+            or key in IGNORED_KEYS
+            or value is None
+            or (key == "stream_options" and not streaming)
+        )
+    )
+
+
+def convert(body: JsonObject, kind: type[_Struct]) -> _Struct:
+    """A parsed body as one of the declared shapes.
+
+    Raises:
+        InvalidRequest, UnknownParameter: naming the key, never quoting a value.
+    """
+    try:
+        return msgspec.convert(body, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+
+
+_LOCATED = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>.*)`)?$", re.DOTALL)
+_FIELD = re.compile(r"^Object (?:contains unknown field|missing required field) `(?P<field>.*)`$")
+
+
+def _explain(message: str) -> RequestError:
+    """An error of our own from msgspec's message.
+
+    msgspec says types and bounds, which may be repeated, but also quotes the value of an
+    unexpected string, which may not: a prompt never appears in an error.
+    """
+    located = _LOCATED.match(message)
+    assert located is not None
+    what, where = located["what"], (located["where"] or "$").removeprefix("$").removeprefix(".")
+    if named := _FIELD.match(what):
+        name = named["field"][:64]
+        path = f"{where}.{name}" if where else name
+        if "unknown" in what:
+            return UnknownParameter(f"{path}: this parameter is not known here", param=path)
+        return InvalidRequest(f"{path}: required and missing", param=path)
+    if not what.startswith("Expected `"):
+        what = "not one of the accepted values"
+    return InvalidRequest(f"{where or 'body'}: {what[0].lower()}{what[1:]}", param=where or None)
+
+
+def _check_seed(seed: JsonValue) -> int | None:
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SAFE_INTEGER:
+        raise InvalidSeed("seed: expected an integer from 0 to 2^53-1", param="seed")
+    return seed
+
+
+def _check_provider(provider: JsonValue) -> None:
+    """`provider` carries aci/1's demands on the service; other keys in it are routers' affairs."""
+    if provider is None:
+        return
+    if not isinstance(provider, dict):
+        raise InvalidRequest("provider: expected an object", param="provider")
+    verified = provider.get("aci_verified")
+    if "aci_verified" in provider and not isinstance(verified, bool):
+        raise InvalidRequest(
+            "provider.aci_verified: expected a boolean", param="provider.aci_verified"
+        )
+    for key in provider:
+        if key.startswith("aci_") and key not in ("aci_verified", "aci_session_ids"):
+            path = f"provider.{key[:64]}"
+            raise UnknownParameter(f"{path}: this parameter is not known here", param=path)
+    if "aci_session_ids" not in provider:
+        return
+    sessions, path = provider["aci_session_ids"], "provider.aci_session_ids"
+    well_formed = isinstance(sessions, list) and all(isinstance(item, str) for item in sessions)
+    if not well_formed or not sessions:
+        raise InvalidRequest(f"{path}: expected a non-empty list of strings", param=path)
+    if verified is False:
+        raise InvalidRequest(f"{path}: contradicts aci_verified: false", param=path)
+    raise SessionNotAccepted(
+        "this service answers itself: it has no upstream session to pin", param=path
+    )
+
+
+def _refuse_receipts(request: RequestBody) -> None:
+    options = request.stream_options or StreamOptions()
+    asked = {
+        "tee": request.tee,
+        "stream_options.include_receipt": options.include_receipt,
+        "stream_options.include_checkpoints": options.include_checkpoints,
+    }
+    for name, value in asked.items():
+        if value:
+            raise UnsupportedFeature(f"{name}: this appliance issues no receipts yet", param=name)
+
+
+def _check_media(messages: Sequence[Message]) -> None:
+    """Media come in the request itself: the engine must never fetch an address for a client."""
+    for number, message in enumerate(messages):
+        if not isinstance(message.content, list):
+            continue
+        for part_number, part in enumerate(message.content):
+            url = _media_url(part)
+            if url is not None and not url.startswith("data:"):
+                path = f"messages[{number}].content[{part_number}]"
+                raise UnsupportedFeature(f"{path}: expected a data: URL", param=path)
+
+
+def _media_url(part: ContentPart) -> str | None:
+    match part:
+        case TextPart():
+            return None
+        case (
+            ImagePart(image_url=source) | VideoPart(video_url=source) | AudioPart(audio_url=source)
+        ):
+            return source.url
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[JsonValue, ...]:
+    """The prompts of a completion: a text, token ids, or a list of either (never mixed)."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    if not prompt:
+        raise InvalidRequest("prompt: expected at least one prompt", param="prompt")
+    if all(isinstance(item, int) for item in prompt):
+        return (list(prompt),)  # type: ignore[arg-type]
+    if all(isinstance(item, str) for item in prompt) or all(
+        isinstance(item, list) and item for item in prompt
+    ):
+        return tuple(prompt)  # type: ignore[arg-type]
+    raise InvalidRequest(
+        "prompt: expected a string, token ids, or a list of only strings or only token ids",
+        param="prompt",
+    )
