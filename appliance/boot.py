@@ -25,7 +25,6 @@ from typing import TypeVar
 import trio
 
 from appliance.config import MeasuredConfig
-from appliance.engine.client import EngineAddress
 from appliance.engine.command import EngineCommand, EngineKeys, engine_command
 from appliance.engine.process import RunningEngine, available_threads, choose_port
 from appliance.engine.weights import verify_model_files
@@ -55,7 +54,7 @@ class Booted:
     tokenizer: ModelTokenizer | None
 
 
-StartEngine = Callable[[EngineCommand, EngineAddress], Awaitable[RunningEngine]]
+StartEngine = Callable[[EngineCommand, EngineKeys], Awaitable[RunningEngine]]
 
 
 async def boot(
@@ -95,12 +94,11 @@ async def boot(
         5, "model", config.engine.ready_deadline_s, partial(_model, config, lifecycle)
     )
     # 7. Engine.
-    address = EngineAddress(port=command.port, api_key=keys.api)
     engine = await stage(
         7,
         "engine",
         config.engine.ready_deadline_s + SLACK_S,
-        partial(start_engine, command, address),
+        partial(start_engine, command, keys),
     )
     return Booted(tls=tls, engine=engine, tokenizer=tokenizer)
 

@@ -173,6 +173,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         memory_fraction: of the device's memory for weights and KV cache; null lets it choose.
         max_running_requests, max_total_tokens: scheduler bounds; null lets it choose.
         stream_interval: tokens per streamed event.
+        tool_call_parser, reasoning_parser: SGLang's names of what turns this model's own notation
+            into tool calls and reasoning content; empty leaves both in the text.
         nodes, node_rank, coordinator: multi-node; `coordinator` is host:port of rank 0.
         extra_args: more SGLang options, `name=value` or `name` for a flag; may not override ours.
         extra_request_keys: request keys that clients may send beyond the allow-list.
@@ -200,6 +202,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     max_running_requests: Count | None = None
     max_total_tokens: Annotated[int, Meta(ge=1)] | None = None
     stream_interval: Annotated[int, Meta(ge=1, le=1024)] = 1
+    tool_call_parser: str = ""
+    reasoning_parser: str = ""
     nodes: Annotated[int, Meta(ge=1, le=64)] = 1
     node_rank: Annotated[int, Meta(ge=0, le=63)] = 0
     coordinator: str = ""
@@ -295,7 +299,7 @@ def effective_config(config: MeasuredConfig) -> dict[str, object]:
 
 
 _UNKNOWN = re.compile(
-    r"^Object contains unknown field `(?P<field>.*)`(?: - at `\$\.?(?P<at>.*)`)?$"
+    r"^Object contains unknown field `(?P<field>[^`]*)`(?: - at `\$\.?(?P<at>[^`]*)`)?$"
 )
 _LOCATED = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<at>.*)`$")
 

@@ -11,6 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 
+SEND_S = 0.2
+"""For one datagram. It blocks the event loop, so it is short; systemd reads at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Notifier:
     """Sends to systemd, or nowhere when it did not start us.
@@ -49,12 +53,13 @@ class Notifier:
         self._send("STOPPING=1")
 
     def _send(self, message: str) -> None:
-        """Best effort: a manager that does not listen must not stop the service."""
+        """Best effort: a manager that does not listen must not stop the service, one whose queue
+        is full (ten datagrams, net.unix.max_dgram_qlen) is waited for a moment."""
         if self.address is None:
             return
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.setblocking(False)
+            sender.settimeout(SEND_S)
             try:
                 sender.sendto(message.encode("utf-8"), address)
             except OSError:

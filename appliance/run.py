@@ -24,18 +24,18 @@ import trio
 
 from appliance.boot import Booted, boot, run_stage
 from appliance.config import MeasuredConfig
-from appliance.engine.client import EngineAddress
-from appliance.engine.command import EngineCommand
+from appliance.engine.command import EngineCommand, EngineKeys
 from appliance.engine.process import RunningEngine, supervise
 from appliance.errors import ApplianceError, BootError, EngineError
 from appliance.log import Log
 from appliance.notify import Notifier
+from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.web.app import create_app
 from appliance.web.health import HealthSource
 from appliance.web.openai import InferenceServices
-from appliance.web.server import serve
+from appliance.web.server import open_listeners, serve, url_of
 from appliance.web.status import serve_status
 
 LISTEN_S = 30.0
@@ -152,50 +152,52 @@ class _Appliance:
                 return "stopped"
 
     async def _serve(self, booted: Booted, notifier: Notifier) -> None:
+        aborts = Aborts(booted.engine.admin, log=self.log)
         services = InferenceServices(
             config=self.config,
             admission=self.admission,
             engine=booted.engine.address,
+            aborts=aborts,
             tokenizer=booted.tokenizer,
             random=self.random,
             created=int(self.wall_clock()),
         )
         app = create_app(services, self.health, log=self.log)
-        async with trio.open_nursery() as serving:
-            self.urls = await run_stage(
-                10,
-                "listener",
-                partial(
-                    serving.start,
-                    partial(
-                        serve,
-                        app,
-                        self.config.listen,
-                        self.config.limits,
-                        booted.tls.server_context(),
-                        lifecycle=self.lifecycle,
-                        admission=self.admission,
-                        log=self.log,
-                    ),
-                ),
-                deadline_s=LISTEN_S,
-                lifecycle=self.lifecycle,
-                log=self.log,
-            )
+        listeners = await run_stage(
+            10,
+            "listener",
+            partial(open_listeners, self.config.listen),
+            deadline_s=LISTEN_S,
+            lifecycle=self.lifecycle,
+            log=self.log,
+        )
+        self.urls = [url_of(listener) for listener in listeners]
+        async with trio.open_nursery() as helpers:
+            helpers.start_soon(aborts.run)
             self.lifecycle.enter(State.SERVING)
             notifier.ready()
             self.log.info("serving", urls=self.urls, model=self.config.model.id)
+            await serve(
+                app,
+                listeners,
+                booted.tls.server_context(),
+                limits=self.config.limits,
+                lifecycle=self.lifecycle,
+                admission=self.admission,
+                log=self.log,
+            )
+            helpers.cancel_scope.cancel()
 
     async def _start_engine(
-        self, nursery: trio.Nursery, command: EngineCommand, address: EngineAddress
+        self, nursery: trio.Nursery, command: EngineCommand, keys: EngineKeys
     ) -> RunningEngine:
-        engine: RunningEngine = await nursery.start(self._keep_engine, command, address)
+        engine: RunningEngine = await nursery.start(self._keep_engine, command, keys)
         return engine
 
     async def _keep_engine(
         self,
         command: EngineCommand,
-        address: EngineAddress,
+        keys: EngineKeys,
         task_status: trio.TaskStatus[RunningEngine],
     ) -> None:
         """Supervise the engine. Once the appliance serves, the engine's end withdraws it; running
@@ -203,7 +205,7 @@ class _Appliance:
         try:
             await supervise(
                 command,
-                address,
+                keys,
                 self.config.engine,
                 log=self.log,
                 progress=self.lifecycle.describe,

@@ -24,6 +24,7 @@ from appliance.errors import (
     EngineUnavailable,
     Malformed,
 )
+from appliance.wire.canonical import parse_json_object
 from appliance.wire.http1 import ResponseHead, ResponseReader
 
 LOOPBACK = "127.0.0.1"
@@ -37,7 +38,7 @@ class EngineAddress:
     """Where the engine answers, and the key it wants."""
 
     port: int
-    api_key: str = field(repr=False)
+    key: str = field(repr=False)
     host: str = LOOPBACK
 
 
@@ -180,6 +181,24 @@ async def read_refusal(response: EngineResponse) -> EngineError:
     return EngineProtocolError(f"expected 200 or a refusal from the engine, got status {status}")
 
 
+def error_event_reason(text: bytes) -> EngineError:
+    """The error behind an error event in a stream: SGLang's status says whose fault it is.
+
+    Args:
+        text: the event's JSON, `{"error": {…, "code": 400}}`; nothing else of it is repeated.
+    """
+    try:
+        event = parse_json_object(text, max_nesting=8)
+    except Malformed:
+        event = {}
+    error = event.get("error")
+    code = error.get("code") if isinstance(error, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    if code == 400:
+        return EngineRefused(_explain(message if isinstance(message, str) else ""), http_status=400)
+    return EngineStreamFailed("the engine failed while it answered")
+
+
 _REASONS = (
     (
         re.compile(
@@ -207,7 +226,7 @@ def _request(address: EngineAddress, method: str, path: str, body: bytes) -> byt
     head = (
         f"{method} {path} HTTP/1.1\r\n"
         f"host: {address.host}:{address.port}\r\n"
-        f"authorization: Bearer {address.api_key}\r\n"
+        f"authorization: Bearer {address.key}\r\n"
         "content-type: application/json\r\n"
         f"content-length: {len(body)}\r\n"
         "connection: close\r\n\r\n"

@@ -44,10 +44,12 @@ _OUR_ALIASES = frozenset(
         "node-rank",
         "port",
         "random-seed",
+        "reasoning-parser",
         "served-model-name",
         "sleep-on-idle",
         "stream-interval",
         "tensor-parallel-size",
+        "tool-call-parser",
         "tp",
         "tp-size",
     }
@@ -139,6 +141,8 @@ def engine_settings(engine: Engine, model: Model) -> dict[str, JsonValue]:
         "mem-fraction-static": engine.memory_fraction,
         "max-running-requests": engine.max_running_requests,
         "max-total-tokens": engine.max_total_tokens,
+        "tool-call-parser": engine.tool_call_parser or None,
+        "reasoning-parser": engine.reasoning_parser or None,
     }
     settings |= {name: value for name, value in optional.items() if value is not None}
     if engine.nodes > 1:

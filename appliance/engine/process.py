@@ -26,7 +26,7 @@ import trio
 from appliance.config import Engine
 from appliance.engine import client, guardian
 from appliance.engine.client import EngineAddress
-from appliance.engine.command import EngineCommand
+from appliance.engine.command import EngineCommand, EngineKeys
 from appliance.engine.log_lines import MAX_LINE_BYTES, read_log_line
 from appliance.engine.sockets import refuse_exposed
 from appliance.errors import EngineDied, EngineError, EngineHung, EngineStartFailed
@@ -50,9 +50,15 @@ GUARDIAN = Path(guardian.__file__)
 
 @dataclass(frozen=True, slots=True)
 class RunningEngine:
-    """An engine that is ready, until `supervise` ends."""
+    """An engine that is ready, until `supervise` ends.
+
+    Attributes:
+        address, admin: where it answers, with the ordinary and the administrative key.
+        pid: of its main process.
+    """
 
     address: EngineAddress
+    admin: EngineAddress
     pid: int
 
 
@@ -107,7 +113,7 @@ class _Guardian:
 
 async def supervise(
     command: EngineCommand,
-    address: EngineAddress,
+    keys: EngineKeys,
     config: Engine,
     *,
     log: Log,
@@ -117,7 +123,7 @@ async def supervise(
     """Run the engine until cancelled.
 
     Args:
-        command: what to start. `address` is where it will answer.
+        command: what to start. keys: the ones in its settings.
         progress: told in a few words what the starting engine is doing.
         task_status: started with the engine once it is ready and listens on loopback only.
 
@@ -136,7 +142,7 @@ async def supervise(
             async with trio.open_nursery() as nursery:
                 listening = await nursery.start(_listen, guarded, log, progress)
                 try:
-                    await _run(guarded, command, address, config, log, task_status)
+                    await _run(guarded, command, keys, config, log, task_status)
                 finally:
                     await _stop(guarded, config, log)
                     listening.deadline = trio.current_time() + LAST_WORDS_S
@@ -184,11 +190,13 @@ def _raise_the_leaf(group: BaseExceptionGroup[BaseException]) -> NoReturn:
 async def _run(
     guarded: _Guardian,
     command: EngineCommand,
-    address: EngineAddress,
+    keys: EngineKeys,
     config: Engine,
     log: Log,
     task_status: trio.TaskStatus[RunningEngine],
 ) -> None:
+    address = EngineAddress(port=command.port, key=keys.api)
+    admin = EngineAddress(port=command.port, key=keys.admin)
     await guarded.started.wait()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_exit, guarded)
@@ -204,7 +212,7 @@ async def _run(
         command.settings_file.unlink(missing_ok=True)
         await guarded.command(b"S")
         guarded.serving = True
-        task_status.started(RunningEngine(address=address, pid=guarded.pid))
+        task_status.started(RunningEngine(address=address, admin=admin, pid=guarded.pid))
         # 4. Until the end.
         await _watch_health(address, config, log)
 

@@ -30,11 +30,21 @@ class Exchange:
         self.interrupted: ApplianceError | None = None
         self._release = release
         self._closers: list[Callable[[], None]] = []
+        self._abandoners: list[Callable[[], None]] = []
+        self._complete = False
         self._released = False
 
     def on_close(self, closer: Callable[[], None]) -> None:
         """Have `closer` called when the exchange is interrupted or released; it may be both."""
         self._closers.append(closer)
+
+    def on_abandon(self, abandon: Callable[[], None]) -> None:
+        """Have `abandon` called if the exchange is released before it is complete."""
+        self._abandoners.append(abandon)
+
+    def complete(self) -> None:
+        """The answer has been read to its end: nothing is left to abandon."""
+        self._complete = True
 
     def interrupt(self, error: ApplianceError) -> None:
         """End the exchange from outside: its reads fail, and this is the reason to give."""
@@ -47,6 +57,9 @@ class Exchange:
         if not self._released:
             self._released = True
             self._close()
+            if not self._complete:
+                for abandon in self._abandoners:
+                    abandon()
             self._release(self)
 
     def _close(self) -> None:

@@ -19,8 +19,15 @@ from typing import Protocol, Self
 import trio
 
 from appliance.config import Limits
-from appliance.engine.client import EngineAddress, EngineResponse, open_exchange, read_refusal
+from appliance.engine.client import (
+    EngineAddress,
+    EngineResponse,
+    error_event_reason,
+    open_exchange,
+    read_refusal,
+)
 from appliance.errors import EngineError, EngineProtocolError, EngineStreamFailed, Malformed
+from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Exchange
 from appliance.wire.answers import ChunkMerger, merge_answers
 from appliance.wire.canonical import JsonObject, canonical_json, parse_json_object
@@ -52,10 +59,12 @@ async def forward(
     request: InferenceRequest,
     plans: Sequence[ChoicePlan],
     exchange: Exchange,
+    aborts: Aborts,
 ) -> list[EngineResponse]:
     """Send the engine one request per planned choice.
 
-    The connections belong to the exchange from here on: its end closes them.
+    The connections belong to the exchange from here on: its end closes them, and aborts what the
+    engine has not answered completely.
 
     Raises:
         EngineUnavailable: the engine does not take them.
@@ -63,6 +72,7 @@ async def forward(
     responses = []
     for plan in plans:
         body = forwarded_body(request.body, plan)
+        exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
         response = await open_exchange(address, "POST", request.endpoint.value, body)
         exchange.on_close(response.close)
         responses.append(response)
@@ -121,7 +131,8 @@ class EngineStream:
         self._response = response
         self._reader = BlockReader(max_event_bytes=limits.max_event_bytes)
         self._started = False
-        self._failed: EngineStreamFailed | None = None
+        self._first: Block | None = None
+        self._failed: EngineError | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,6 +148,9 @@ class EngineStream:
     async def start(self) -> None:
         """As `EventSource.start`.
 
+        The first events come with the head, and SGLang reports some mistakes of the client as an
+        error event behind a 200. So the first block is looked at before the client gets a head.
+
         Raises:
             EngineRefused, EngineUnavailable, EngineStreamFailed, EngineProtocolError.
         """
@@ -147,13 +161,14 @@ class EngineStream:
             raise await read_refusal(self._response)
         if not head.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
             raise EngineProtocolError("expected an event stream from the engine")
+        self._first = await self._read_block()
         self._started = True
 
     async def receive(self) -> bytes:
         """As `EventSource.receive`.
 
         Raises:
-            EngineStreamFailed: an error event, or the end before `[DONE]`.
+            EngineRefused, EngineStreamFailed: an error event, or the end before `[DONE]`.
             EngineProtocolError: not events as SGLang writes them.
         """
         block = await self.receive_block()
@@ -165,12 +180,18 @@ class EngineStream:
         """The next block with at least one event or the terminator; None after the terminator.
 
         Raises:
-            EngineStreamFailed, EngineProtocolError: as for `receive`.
+            EngineError: as for `receive`.
         """
         await self.start()
+        if self._first is not None:
+            block, self._first = self._first, None
+            return block
         if self._failed is not None:
             raise self._failed
-        while not self._reader.done:
+        return None if self._reader.done else await self._read_block()
+
+    async def _read_block(self) -> Block:
+        while True:
             data = await self._response.receive()
             if not data:
                 raise EngineStreamFailed("the engine ended its answer before it was complete")
@@ -180,12 +201,11 @@ class EngineStream:
                 raise EngineProtocolError(f"the engine's events: {error.message}") from error
             if block is None:
                 continue
-            if block.error:
-                self._failed = EngineStreamFailed("the engine failed while it answered")
+            if block.error is not None:
+                self._failed = error_event_reason(block.error)
                 if not block.data:
                     raise self._failed
             return block
-        return None
 
 
 class MergedStream:

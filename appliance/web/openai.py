@@ -21,6 +21,7 @@ from appliance.errors import (
     ModelNotFound,
     UnsupportedFeature,
 )
+from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.relay import collect_answer, event_source, forward
 from appliance.serving.tokenizing import ModelTokenizer
@@ -62,6 +63,7 @@ class InferenceServices:
     config: MeasuredConfig
     admission: Admission
     engine: EngineAddress
+    aborts: Aborts
     tokenizer: ModelTokenizer | None
     random: Callable[[int], bytes]
     created: int
@@ -152,8 +154,9 @@ async def _complete(
     limits = services.config.limits
     try:
         with trio.fail_after(limits.generation_s):
-            responses = await forward(services.engine, wanted, plans, exchange)
+            responses = await forward(services.engine, wanted, plans, exchange, services.aborts)
             data = await collect_answer(responses, plans, limits, response_id=response_id)
+        exchange.complete()
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine took too long to answer") from None
     return Response(data, content_type="application/json")
@@ -172,7 +175,7 @@ async def _stream(
     deadline = trio.current_time() + limits.engine_first_event_s
     try:
         with trio.fail_at(deadline):
-            responses = await forward(services.engine, wanted, plans, exchange)
+            responses = await forward(services.engine, wanted, plans, exchange, services.aborts)
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine did not take the request in time") from None
     source = event_source(responses, plans, limits, response_id=response_id)

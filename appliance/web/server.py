@@ -95,28 +95,44 @@ class Connections:
             stream.transport_stream.socket.close()
 
 
+async def open_listeners(listen: Listen) -> list[trio.SocketListener]:
+    """Open the public port; connections queue in the kernel until `serve` takes them.
+
+    Raises:
+        ListenError: it cannot be opened.
+    """
+    try:
+        return await trio.open_tcp_listeners(listen.port, host=listen.host, backlog=BACKLOG)
+    except OSError as error:
+        raise ListenError(
+            f"cannot listen on {listen.host} port {listen.port}: {error.strerror}"
+        ) from error
+
+
+def url_of(listener: trio.SocketListener) -> str:
+    """The base URL of a listener."""
+    host, port, *_ = listener.socket.getsockname()
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
+
 async def serve(
     app: QuartTrio,
-    listen: Listen,
-    limits: Limits,
+    listeners: list[trio.SocketListener],
     context: ssl.SSLContext,
     *,
+    limits: Limits,
     lifecycle: Lifecycle,
     admission: Admission,
     log: Log,
-    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Accept connections until the appliance leaves `serving`, then drain and return.
+    """Serve until the appliance leaves `serving`, then drain and return.
 
     Draining lets running exchanges go on for `drain_s` and then ends them with an error event;
-    when the appliance was withdrawn they are ended at once.
+    when the appliance was withdrawn they are ended at once. The listeners are closed as soon as
+    draining begins. Cancellation closes every connection.
 
     Args:
         context: the TLS server context.
-        task_status: started with the URLs once the port is open.
-
-    Raises:
-        ListenError: the port cannot be opened.
     """
     config = _hypercorn_config(limits, log)
     worker = WorkerContext(None)
@@ -124,7 +140,6 @@ async def serve(
     lifespan_state: LifespanState = {}
     lifespan = Lifespan(wrapped, config, lifespan_state)
     connections = Connections(limits, log)
-    listeners = await _open_listeners(listen)
 
     async def handle(stream: trio.SocketStream) -> None:
         tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
@@ -140,8 +155,7 @@ async def serve(
                     accepting.start_soon(
                         partial(trio.serve_listeners, handle, listeners, handler_nursery=handlers)
                     )
-                    task_status.started([_url(listener) for listener in listeners])
-                    await lifecycle.wait_until_not(State.BOOTING, State.SERVING)
+                    await lifecycle.wait_until_not(State.SERVING)
                     accepting.cancel_scope.cancel()
                 await worker.terminated.set()  # idle connections close, busy ones do not go on
                 await _drain(lifecycle, admission, limits, log)
@@ -522,17 +536,3 @@ def _hypercorn_config(limits: Limits, log: Log) -> HypercornConfig:
     config.read_timeout = None
     config.h2_max_concurrent_streams = 128
     return config
-
-
-async def _open_listeners(listen: Listen) -> list[trio.SocketListener]:
-    try:
-        return await trio.open_tcp_listeners(listen.port, host=listen.host, backlog=BACKLOG)
-    except OSError as error:
-        raise ListenError(
-            f"cannot listen on {listen.host} port {listen.port}: {error.strerror}"
-        ) from error
-
-
-def _url(listener: trio.SocketListener) -> str:
-    host, port, *_ = listener.socket.getsockname()
-    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"

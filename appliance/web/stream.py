@@ -77,6 +77,7 @@ class EventStreamBody(ResponseBody):
         with trio.move_on_after(self._limits.heartbeat_s):
             data = await self._source.receive()
             if not data:
+                self._exchange.complete()
                 raise StopAsyncIteration
             self._deadline = trio.current_time() + self._limits.engine_idle_s
             return data

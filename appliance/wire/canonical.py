@@ -22,6 +22,9 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 MAX_SAFE_INTEGER = 2**53 - 1
 """The largest integer that every JSON implementation keeps (RFC 8259 section 6)."""
 
+FIRST_EXPONENT = 1e21
+"""From here on JCS writes numbers with an exponent (ECMA-262, Number::toString)."""
+
 
 def parse_json(data: bytes, *, max_nesting: int) -> JsonValue:
     """Parse one JSON text, refusing everything two parsers could read differently.
@@ -74,7 +77,7 @@ def canonical_json(value: JsonValue) -> bytes:
     """
     try:
         return rfc8785.dumps(value)
-    except rfc8785.CanonicalizationError as error:
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
         raise Malformed(f"no canonical JSON form: {type(error).__name__}") from None
 
 
@@ -100,6 +103,9 @@ def _finite_float(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
         raise Malformed("expected a finite number, its exponent is too large")
+    # JCS writes 1e20 as 100000000000000000000: what we forward would be what we refuse.
+    if MAX_SAFE_INTEGER < abs(number) < FIRST_EXPONENT:
+        raise Malformed("expected an integer within ±(2^53-1)")
     return number
 
 

@@ -8,6 +8,7 @@ a server may only send to clients that asked for one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,10 +18,17 @@ MAX_HEAD_BYTES = 65_536
 MAX_CHUNK_LINE_BYTES = 256
 MAX_TRAILER_BYTES = 4_096
 
+# RFC 9112 sections 4 and 5, 9110 section 5.6.2; a bare CR or LF would be a line break to some parsers.
+_STATUS_LINE = re.compile(rb"HTTP/1\.1 ([0-9]{3})(?: [^\0\r\n]*)?")
+_FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\0\r\n]*)")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\0\r\n]*)?")
+_FRAMING = (b"content-length", b"transfer-encoding")
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """Status line and headers; names lower-case, values stripped, later duplicates win."""
+    """Status line and headers; names lower-case, values stripped. Of duplicates the later wins,
+    except that those which frame the body must not repeat."""
 
     status: int
     headers: Mapping[bytes, bytes]
@@ -38,8 +46,10 @@ class ResponseReader:
         self.complete = False
         self._buffer = b""
         self._chunked = False
-        self._remaining = 0  # of the body, or of the current chunk with its CRLF
+        self._remaining = 0  # of the body, or of the current chunk
+        self._at_chunk_end = False  # its CRLF comes next
         self._in_trailer = False
+        self._trailer_bytes = 0
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the connection; b"" is its end.
@@ -68,9 +78,9 @@ class ResponseReader:
         return self._take_chunked() if self._chunked else self._take_sized()
 
     def _read_head(self) -> None:
-        end = self._buffer.find(b"\r\n\r\n")
-        if end < 0 or end > MAX_HEAD_BYTES:
-            if len(self._buffer) > MAX_HEAD_BYTES:
+        end = self._buffer.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES + 4)
+        if end < 0:
+            if len(self._buffer) >= MAX_HEAD_BYTES + 4:
                 raise Malformed(f"expected a response head of at most {MAX_HEAD_BYTES} bytes")
             return
         head = _parse_head(self._buffer[:end])
@@ -116,28 +126,30 @@ class ResponseReader:
                 position, ended = self._skip_trailer(position)
                 break
             if self._remaining:
-                step = min(self._remaining, size - position)
-                payload = min(step, self._remaining - 2)
-                if payload > 0:
-                    parts.append(buffer[position : position + payload])
-                self._remaining -= step
-                position += step
+                part = buffer[position : position + self._remaining]
+                if part:
+                    parts.append(part)
+                position += len(part)
+                self._remaining -= len(part)
                 if self._remaining:
                     break
-                # Only the last byte is certainly here; the CR may have come with the last feed.
-                if buffer[position - 1 : position] != b"\n":
+                self._at_chunk_end = True
+            if self._at_chunk_end:
+                if not b"\r\n".startswith(buffer[position : position + 2]):
                     raise Malformed("expected CRLF after a chunk")
-            line_end = buffer.find(b"\r\n", position)
+                if size - position < 2:
+                    break
+                position += 2
+                self._at_chunk_end = False
+            line_end = buffer.find(b"\r\n", position, position + MAX_CHUNK_LINE_BYTES + 2)
             if line_end < 0:
-                if size - position > MAX_CHUNK_LINE_BYTES:
+                if size - position >= MAX_CHUNK_LINE_BYTES + 2:
                     raise Malformed("expected a chunk size line")
                 break
             length = _chunk_size(buffer[position:line_end])
             position = line_end + 2
-            if length == 0:
-                self._in_trailer = True
-            else:
-                self._remaining = length + 2
+            self._remaining = length
+            self._in_trailer = length == 0
         self._buffer = buffer[position:]
         if ended:
             self._finish()
@@ -145,35 +157,39 @@ class ResponseReader:
 
     def _skip_trailer(self, position: int) -> tuple[int, bool]:
         """Skip trailer lines; returns where to go on, and whether the empty line was reached."""
-        buffer = self._buffer
-        while (line_end := buffer.find(b"\r\n", position)) >= 0:
-            if line_end == position:
-                return position + 2, True
+        buffer, start = self._buffer, position
+        ended = False
+        while not ended and (line_end := buffer.find(b"\r\n", position)) >= 0:
+            ended = line_end == position
             position = line_end + 2
-        if len(buffer) - position > MAX_TRAILER_BYTES:
-            raise Malformed("expected the end of the trailer")
-        return position, False
+        self._trailer_bytes += position - start
+        if self._trailer_bytes + (0 if ended else len(buffer) - position) > MAX_TRAILER_BYTES:
+            raise Malformed(f"expected a trailer of at most {MAX_TRAILER_BYTES} bytes")
+        return position, ended
 
 
 def _parse_head(data: bytes) -> ResponseHead:
     lines = data.split(b"\r\n")
-    version, _, rest = lines[0].partition(b" ")
-    status = rest[:3]
-    if version != b"HTTP/1.1" or not status.isdigit() or rest[3:4] not in (b" ", b""):
+    status_line = _STATUS_LINE.fullmatch(lines[0])
+    if status_line is None:
         raise Malformed("expected an HTTP/1.1 status line")
-    if not 200 <= int(status) <= 599:
+    status = int(status_line[1])
+    if not 200 <= status <= 599:
         raise Malformed("expected a final status, 200 to 599")
     headers: dict[bytes, bytes] = {}
     for line in lines[1:]:
-        name, colon, value = line.partition(b":")
-        if not colon or not name or name != name.strip():
+        field = _FIELD_LINE.fullmatch(line)
+        if field is None:
             raise Malformed("expected `name: value` in the response head")
-        headers[name.lower()] = value.strip()
-    return ResponseHead(status=int(status), headers=headers)
+        name = field[1].lower()
+        if name in headers and name in _FRAMING:
+            raise Malformed("expected one Content-Length or Transfer-Encoding")
+        headers[name] = field[2].strip(b" \t")
+    return ResponseHead(status=status, headers=headers)
 
 
 def _chunk_size(line: bytes) -> int:
-    digits = line.partition(b";")[0].strip()
-    if not 1 <= len(digits) <= 8 or digits.strip(b"0123456789abcdefABCDEF"):
+    found = _CHUNK_LINE.fullmatch(line)
+    if found is None:
         raise Malformed("expected a chunk size in hexadecimal")
-    return int(digits, 16)
+    return int(found[1], 16)

@@ -44,7 +44,7 @@ Tokens: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Stop: TypeAlias = "str | Annotated[list[str], Meta(max_length=64)] | None"
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 LogitBias: TypeAlias = dict[
-    Annotated[str, Meta(pattern="^[0-9]{1,10}$")], Annotated[float, Meta(ge=-100, le=100)]
+    Annotated[str, Meta(pattern=r"^[0-9]{1,10}\Z")], Annotated[float, Meta(ge=-100, le=100)]
 ]
 
 
@@ -297,11 +297,13 @@ def parse_request(
 
     Args:
         extra_keys: request keys the measured configuration adds; their values pass unchecked.
+            A key declared above keeps its checks.
 
     Raises:
         RequestError: the leaf says what; the message names the key and never quotes a value.
     """
-    extra = frozenset(extra_keys)
+    kind = ChatRequest if endpoint is Endpoint.CHAT else CompletionRequest
+    extra = frozenset(extra_keys).difference(kind.__struct_fields__)
     checked = {key: value for key, value in body.items() if key not in extra}
     request: RequestBody
     if endpoint is Endpoint.CHAT:
@@ -407,8 +409,13 @@ def convert(body: JsonObject, kind: type[_Struct]) -> _Struct:
         raise _explain(str(error)) from None
 
 
-_LOCATED = re.compile(r"^(?P<what>.*?)(?: - at `(?P<where>.*)`)?$", re.DOTALL)
-_FIELD = re.compile(r"^Object (?:contains unknown field|missing required field) `(?P<field>.*)`$")
+# `what` is greedy and `where` holds names of ours only: a quoted value could hold ` - at `, too.
+_LOCATED = re.compile(
+    r"^(?P<what>.*) - at `(?:key` in `)?\$\.?(?P<where>[\w.\[\]]*)`\Z", re.DOTALL | re.ASCII
+)
+_FIELD = re.compile(
+    r"^Object (?:contains unknown field|missing required field) `(?P<field>.*)`\Z", re.DOTALL
+)
 
 
 def _explain(message: str) -> RequestError:
@@ -418,8 +425,7 @@ def _explain(message: str) -> RequestError:
     unexpected string, which may not: a prompt never appears in an error.
     """
     located = _LOCATED.match(message)
-    assert located is not None
-    what, where = located["what"], (located["where"] or "$").removeprefix("$").removeprefix(".")
+    what, where = (located["what"], located["where"]) if located else (message, "")
     if named := _FIELD.match(what):
         name = named["field"][:64]
         path = f"{where}.{name}" if where else name

@@ -28,12 +28,13 @@ class Block:
     Attributes:
         data: the events, the terminator or an error excluded; may be empty.
         done: the terminator `data: [DONE]` came right behind them.
-        error: SGLang's in-stream error came right behind them.
+        error: the JSON text of SGLang's in-stream error that came right behind them; it may echo
+            input. What follows it in the stream means nothing (SGLang ends it with [DONE]).
     """
 
     data: bytes
     done: bool
-    error: bool
+    error: bytes | None = None
 
 
 class BlockReader:
@@ -70,18 +71,29 @@ class BlockReader:
         if done:
             if self._rest:
                 raise Malformed("expected the end of the stream after [DONE]")
-            self._done = True
             whole = whole[: -len(DONE_EVENT)]
         if whole:
             _check_profile(whole)
+            self._check_size(whole)
         if (error_at := _find_error(whole)) is not None:
-            return Block(data=whole[:error_at], done=False, error=True)
-        return Block(data=whole, done=done, error=False)
+            error = split_events(whole[error_at:])[0]
+            return Block(data=whole[:error_at], done=False, error=error)
+        self._done = done
+        return Block(data=whole, done=done)
+
+    def _check_size(self, whole: bytes) -> None:
+        # Splitting is what this reader avoids; only a block over the bound can hold an event that is.
+        if len(whole) > self._max_event_bytes:
+            for event in whole.split(b"\n\n"):
+                self._check_length(len(event) + 2)
 
     def _keep(self, rest: bytes) -> None:
-        if len(rest) > self._max_event_bytes:
-            raise Malformed(f"expected an event of at most {self._max_event_bytes} bytes")
+        self._check_length(len(rest))
         self._rest = rest
+
+    def _check_length(self, length: int) -> None:
+        if length > self._max_event_bytes:
+            raise Malformed(f"expected an event of at most {self._max_event_bytes} bytes")
 
 
 def split_events(data: bytes) -> list[bytes]:
@@ -104,6 +116,9 @@ def _find_error(whole: bytes) -> int | None:
 def _check_profile(whole: bytes) -> None:
     events = whole.count(b"\n\n")
     opened = whole.startswith(_OPEN) + whole.count(b"\n\n" + _OPEN)
-    # Equal only when every event begins `data: {`. A lone newline would be a second field line.
-    if events != opened or whole.count(b"\n") != 2 * events:
-        raise Malformed("expected every event to be one `data: {…}` line")
+    # Equal only when every event begins `data: {` and ends `}`. A lone newline would be a second
+    # field line, and so would a carriage return, which ends a line for clients (section 9.2.5).
+    # Whether what is between is JSON, only decoding could tell.
+    one_line = whole.count(b"\n") == 2 * events and b"\r" not in whole
+    if not (events == opened == whole.count(b"}\n\n") and one_line):
+        raise Malformed("expected every event to be one data line with a JSON object")

@@ -1,0 +1,156 @@
+"""`just demo`: boot the appliance with the real SGLang, ask it one question, show the answer.
+
+It runs the `dcv` command as an operator would and the unmodified `openai` package as a developer
+would, over TLS, trusting nothing but the certificate the appliance wrote at its boot.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import openai
+from paths import LAYOUT
+from rich.console import Console
+from serve import MODEL_ID, write_config
+
+QUESTION: Final = "What is the capital of France?"
+BOOT_S: Final = 900.0
+STOP_S: Final = 60.0
+DCV: Final = Path(sys.executable).with_name("dcv")
+
+console = Console(highlight=False)
+
+
+class DemoError(Exception):
+    """The demonstration cannot go on; the text is for the person watching."""
+
+
+def main() -> int:
+    """Run the demonstration; returns the exit status."""
+    folder = LAYOUT.run / "demo"
+    try:
+        with running_appliance(folder) as url:
+            ask(url, folder / "tls.pem")
+    except DemoError as error:
+        console.print(f"[red]{error}[/red]", soft_wrap=True)
+        return 1
+    return 0
+
+
+@contextmanager
+def running_appliance(folder: Path) -> Iterator[str]:
+    """An appliance that serves, at the URL it yields; stopped in order afterwards."""
+    port = _free_port()
+    config = write_config(folder, engine="real", port=port)
+    log_path = folder / "dcv.log"
+    started = time.monotonic()
+    with log_path.open("wb") as log:
+        process = subprocess.Popen([DCV, "serve", "--config", config], stderr=log)
+    try:
+        with console.status("booting") as status:
+            while (document := _status(folder)).get("status") != "serving":
+                if process.poll() is not None:
+                    raise DemoError(_last_words(log_path, process.returncode))
+                if time.monotonic() - started > BOOT_S:
+                    raise DemoError(f"expected the appliance to serve within {BOOT_S:g} s")
+                status.update(_stage_text(document))
+                time.sleep(0.25)
+        console.print(f"[green]serving[/green] after {time.monotonic() - started:.0f} s")
+        yield f"https://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if process.returncode != 0:
+        raise DemoError(_last_words(log_path, process.returncode))
+
+
+def ask(url: str, certificate: Path) -> None:
+    """Ask through the openai package and print the answer as it comes."""
+    trust = ssl.create_default_context(cafile=certificate)
+    client = openai.OpenAI(
+        base_url=f"{url}/v1",
+        api_key="none-needed-on-loopback",
+        http_client=openai.DefaultHttpxClient(verify=trust),
+    )
+    console.print(f"[bold]> {QUESTION}[/bold]")
+    asked = time.monotonic()
+    first = None
+    tokens = 0
+    stream = client.chat.completions.create(
+        model=MODEL_ID,
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=64,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    answer = ""
+    for chunk in stream:
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            if choice.delta.content:
+                first = first or time.monotonic()
+                answer += choice.delta.content
+                console.print(choice.delta.content, end="", markup=False)
+    console.print()
+    if first is None:
+        raise DemoError("the stream ended without an answer")
+    took = time.monotonic() - first
+    rate = f"{(tokens - 1) / took:.1f} tokens/s" if tokens > 1 and took > 0 else "one token"
+    console.print(f"[dim]first token after {first - asked:.2f} s, {tokens} tokens, {rate}[/dim]")
+    if "Paris" not in answer:
+        raise DemoError("expected the answer to name Paris")
+
+
+def _status(folder: Path) -> dict[str, object]:
+    """The appliance's own status document; empty while it does not answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(5)
+        try:
+            connection.connect(str(folder / "status.sock"))
+            data = b""
+            while part := connection.recv(65_536):
+                data += part
+            document: dict[str, object] = json.loads(data)
+        except (OSError, ValueError):
+            return {}
+    return document
+
+
+def _stage_text(document: dict[str, object]) -> str:
+    stage = document.get("stage")
+    if not isinstance(stage, dict):
+        return "starting"
+    detail = f": {stage['detail']}" if stage.get("detail") else ""
+    return f"stage {stage.get('number')} ({stage.get('name')}){detail}"
+
+
+def _last_words(log_path: Path, status: int) -> str:
+    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+    return "\n".join([f"dcv serve exited with status {status}; its last log lines:", *lines])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,517 @@
+"""The appliance's life: boot, drain, withdrawal, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import trio
+
+from appliance.errors import (
+    EX_CONFIG,
+    EX_OSERR,
+    EX_SOFTWARE,
+    EX_UNAVAILABLE,
+    EngineDied,
+    EngineHung,
+)
+from appliance.notify import Notifier
+from tests.integration.appliance import (
+    MODEL,
+    RawConnection,
+    RunningAppliance,
+    config_text,
+    start_appliance,
+)
+
+DCV = [sys.executable, "-m", "appliance"]
+CHAT = "/v1/chat/completions"
+
+
+def slow_chat(tokens: int = 1000, ms: int = 20) -> bytes:
+    return json.dumps(
+        {
+            "model": MODEL,
+            "stream": True,
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "messages": [{"role": "user", "content": f"[[mode:slow:{ms}]] Go on"}],
+        }
+    ).encode()
+
+
+async def ended(appliance: RunningAppliance) -> None:
+    with trio.fail_after(20):
+        await appliance.ended.wait()
+
+
+async def test_sigterm_lets_a_running_stream_end_and_refuses_new_requests(
+    appliance: RunningAppliance,
+) -> None:
+    async with RawConnection.open(appliance) as running, RawConnection.open(appliance) as other:
+        await running.post(CHAT, slow_chat(tokens=20))
+        await running.read_some(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await trio.sleep(0.1)
+        await other.post(CHAT, slow_chat())
+        with pytest.raises(OSError):  # the port is closed
+            await trio.open_tcp_stream("127.0.0.1", appliance.port)
+        response = await running.read_response()
+        assert response.clean
+        assert response.body.endswith(b"data: [DONE]\n\n")
+    await ended(appliance)
+    assert appliance.result == [None]
+
+
+async def test_a_stream_longer_than_the_drain_ends_with_an_error_event(
+    appliance: RunningAppliance,
+) -> None:
+    async with RawConnection.open(appliance) as running:
+        await running.post(CHAT, slow_chat())
+        await running.read_some(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        response = await running.read_response()
+        assert not response.clean
+        assert b'"code":"not_serving"' in response.body
+        assert b"[DONE]" not in response.body
+    await ended(appliance)
+    assert appliance.result == [None]
+
+
+async def test_sigterm_aborts_what_the_drain_did_not_wait_for(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(
+        nursery, tmp_path, sections={"limits": {"drain_s": 0.2}, "engine": {"stop_grace_s": 10.0}}
+    )
+    async with RawConnection.open(appliance) as running:
+        await running.post(CHAT, slow_chat(tokens=5000, ms=50))
+        await running.read_some(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        began = trio.current_time()
+        await ended(appliance)
+    # The engine drains without a deadline of its own; 5000 slow tokens would take minutes.
+    assert trio.current_time() - began < 8
+    events = [line["event"] for line in appliance.log_lines]
+    assert "engine_killed" not in events
+
+
+async def test_an_engine_killed_in_mid_stream_withdraws_the_appliance(
+    appliance: RunningAppliance,
+) -> None:
+    pid = next(line["pid"] for line in appliance.log_lines if line["event"] == "engine_ready")
+    async with RawConnection.open(appliance) as running:
+        await running.post(CHAT, slow_chat())
+        await running.read_some(1)
+        os.kill(pid, signal.SIGKILL)
+        response = await running.read_response()
+        assert not response.clean
+        last = json.loads(response.body.rstrip().rpartition(b"data: ")[2])
+        assert last["error"]["code"] in {"engine_failed", "engine_died"}
+    await ended(appliance)
+    [error] = appliance.result
+    assert isinstance(error, EngineDied)
+    assert error.exit_status == EX_SOFTWARE
+
+
+async def test_an_engine_that_hangs_withdraws_the_appliance(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(
+        nursery,
+        tmp_path,
+        sections={
+            "engine": {"health_interval_s": 0.2, "health_deadline_s": 0.3, "health_failures": 2}
+        },
+        modes=("health_delay:0.01",),
+    )
+    await appliance.engine_control({"set": {"stop_health": ""}})
+    await ended(appliance)
+    [error] = appliance.result
+    assert isinstance(error, EngineHung)
+
+
+async def test_waiting_requests_get_an_answer_when_the_engine_dies(
+    appliance: RunningAppliance,
+) -> None:
+    pid = next(line["pid"] for line in appliance.log_lines if line["event"] == "engine_ready")
+    responses: list[httpx2.Response] = []
+
+    async def ask() -> None:
+        responses.append(await appliance.chat("[[mode:slow:50]] Go", max_tokens=1000))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        with trio.fail_after(5):
+            while await appliance.engine_counter("sglang:num_running_reqs") < 1:
+                await trio.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+    assert responses[0].status_code in {502, 503}
+    assert responses[0].json()["error"]["code"] in {"engine_failed", "engine_died"}
+
+
+async def test_a_stalled_reader_does_not_keep_the_appliance_from_stopping(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(
+        nursery, tmp_path, sections={"limits": {"drain_s": 0.5, "write_s": 60.0}}
+    )
+    body = json.dumps(
+        {
+            "model": MODEL,
+            "stream": True,
+            "messages": [{"role": "user", "content": "[[mode:long:400000]] Go"}],
+        }
+    ).encode()
+    async with RawConnection.open(appliance) as stalled:
+        await stalled.post(CHAT, body)
+        await stalled.read_some(1)
+        await trio.sleep(1)  # let every buffer on the way fill
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ended(appliance)
+    assert appliance.result == [None]
+
+
+async def test_systemd_hears_stages_ready_watchdog_and_stopping(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    messages: list[str] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify.sock"))
+        manager.settimeout(5)
+
+        def read() -> None:
+            while not messages or messages[-1] != "STOPPING=1":
+                messages.append(manager.recv(4096).decode())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        appliance = await start_appliance(
+            nursery,
+            tmp_path,
+            notifier=Notifier(address=str(tmp_path / "notify.sock"), watchdog_s=0.3),
+        )
+        await trio.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ended(appliance)
+        await trio.to_thread.run_sync(reader.join)
+    order = [
+        "STATUS=booting",
+        "STATUS=booting, stage 7 (engine)",
+        "READY=1",
+        "STATUS=serving stand-in at https://127.0.0.1:",
+        "STATUS=draining",
+        "STOPPING=1",
+    ]
+    found = [next(i for i, text in enumerate(messages) if text.startswith(o)) for o in order]
+    assert found == sorted(found), messages
+    assert messages.count("WATCHDOG=1") >= 2
+
+
+async def test_the_engines_own_progress_shows_while_it_boots(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(nursery, tmp_path, modes=("load:0.5",))
+    lines = [line["line"] for line in appliance.log_lines if line["event"] == "engine_log"]
+    assert any("Load weight begin" in line for line in lines)
+    assert any("Traceback" in line for line in lines)  # harmless, and the boot went on
+    assert not any("server_args" in line for line in lines)
+
+
+async def test_long_and_binary_engine_output_is_bounded(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(
+        nursery, tmp_path, modes=("log_long_line:300000", "log_binary")
+    )
+    assert max(len(line) for line in appliance.log_stream.getvalue().splitlines()) < 20_000
+
+
+# From outside: the `dcv` command as a process.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def write(folder: Path, *modes: str, **sections: dict[str, object]) -> Path:
+    path = folder / "dcv.toml"
+    path.write_text(config_text(folder, modes, sections), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def serve(folder: Path, processes: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([*DCV, "serve", "--config", folder / "dcv.toml"], stderr=log)
+    processes.append(process)
+    return process
+
+
+def wait_for(condition: str, folder: Path, *, deadline_s: float = 20) -> dict[str, object]:
+    """Wait for a log event by name."""
+    until = time.monotonic() + deadline_s
+    while time.monotonic() < until:
+        for line in (folder / "log").read_text(errors="replace").splitlines():
+            if f'"event": "{condition}"' in line:
+                found: dict[str, object] = json.loads(line)
+                return found
+        time.sleep(0.05)
+    raise AssertionError(f"no {condition} in {(folder / 'log').read_text()[-2000:]}")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def engine_state(folder: Path) -> dict[str, object]:
+    port = str(wait_for("engine_ready", folder)["sockets"]).split(":")[1].split("'")[0]
+    state: dict[str, object] = httpx2.get(f"http://127.0.0.1:{port}/_state").json()
+    return state
+
+
+def test_a_killed_gateway_leaves_no_process_and_no_shared_memory(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, "spawn_children", "leak_shm")
+    gateway = serve(folder, processes)
+    wait_for("serving", folder)
+    state = engine_state(folder)
+    children, shm = state["children"], state["left_over"]
+    assert isinstance(children, list)
+    assert isinstance(shm, list)
+    engine = wait_for("engine_ready", folder)["pid"]
+    assert isinstance(engine, int)
+    family = [engine, *children]
+    assert len(family) == 3
+    assert all(alive(pid) for pid in family)
+    assert Path(shm[0]).exists()
+    gateway.kill()
+    gateway.wait()
+    until = time.monotonic() + 10
+    while any(alive(pid) for pid in family) or Path(shm[0]).exists():
+        assert time.monotonic() < until, [pid for pid in family if alive(pid)]
+        time.sleep(0.05)
+
+
+def test_a_stopped_gateway_leaves_nothing_either(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, "spawn_children", "leak_shm")
+    gateway = serve(folder, processes)
+    wait_for("serving", folder)
+    state = engine_state(folder)
+    children = state["children"]
+    shm = state["left_over"]
+    assert isinstance(children, list)
+    assert isinstance(shm, list)
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+    assert not any(alive(pid) for pid in children)
+    assert not Path(shm[0]).exists()
+    assert not (folder / "status.sock").exists()
+    assert not any((folder / "engine").glob("*.yaml"))
+
+
+def test_an_engine_that_ignores_sigterm_is_killed_after_its_grace(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, "ignore_sigterm", engine={"stop_grace_s": 0.5})
+    gateway = serve(folder, processes)
+    wait_for("serving", folder)
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+    wait_for("engine_killed", folder, deadline_s=1)
+
+
+def test_the_keys_are_on_no_command_line_and_off_the_disk_once_ready(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, "load:0.6")
+    gateway = serve(folder, processes)
+    settings = folder / "engine" / "settings.yaml"
+    until = time.monotonic() + 10
+    while not settings.exists() or not settings.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert settings.stat().st_mode & 0o777 == 0o600
+    assert settings.parent.stat().st_mode & 0o777 == 0o700
+    values = json.loads(settings.read_text())
+    keys = [values["api-key"], values["admin-api-key"]]
+    wait_for("serving", folder)
+    assert not settings.exists()
+    log = (folder / "log").read_text()
+    for key in keys:
+        assert key not in log
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command_line = entry.read_bytes()
+        except OSError:
+            continue
+        assert not any(key.encode() in command_line for key in keys)
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("modes", "sections", "status", "says"),
+    [
+        (("crash_start",), {}, EX_UNAVAILABLE, "exited with status 1 before it was ready"),
+        (("hang_start",), {"engine": {"ready_deadline_s": 0.5}}, EX_UNAVAILABLE, "within 0.5 s"),
+        (("bind_all",), {}, EX_UNAVAILABLE, "loopback only"),
+        ((), {"model.files": {"config.json": "0" * 64}}, EX_CONFIG, "to have sha256"),
+        ((), {"model.files": {"gone.safetensors": "0" * 64}}, EX_CONFIG, "is missing"),
+        ((), {"engine": {"unsafe_command": ["/nonexistent"]}}, EX_UNAVAILABLE, "status 127"),
+        ((), {"engine": {"extra_args": ["log-requests"]}}, EX_CONFIG, "may not be set"),
+        ((), {"listen": {"hots": "x"}}, EX_CONFIG, "did you mean `host`"),
+    ],
+    ids=["crash", "hang", "exposed", "digest", "missing", "no-program", "extra", "unknown-key"],
+)
+def test_a_boot_that_fails_says_why_and_never_opens_the_port(
+    folder: Path,
+    processes: list[subprocess.Popen[bytes]],
+    modes: tuple[str, ...],
+    sections: dict[str, dict[str, object]],
+    status: int,
+    says: str,
+) -> None:
+    write(folder, *modes, **sections)
+    gateway = serve(folder, processes)
+    assert gateway.wait(30) == status
+    log = (folder / "log").read_text()
+    assert says in log
+    assert '"serving"' not in log
+
+
+def test_a_taken_port_is_stage_10s_error(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        write(folder, listen={"port": taken.getsockname()[1]})
+        gateway = serve(folder, processes)
+        assert gateway.wait(30) == EX_OSERR
+    assert "stage 10 (listener): cannot listen" in (folder / "log").read_text()
+
+
+def test_sigterm_during_the_boot_stops_it_in_order(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, "hang_start")
+    gateway = serve(folder, processes)
+    wait_for("engine_log", folder)
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+
+
+def test_a_second_appliance_on_the_same_state_is_refused(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder)
+    first = serve(folder, processes)
+    wait_for("serving", folder)
+    second = subprocess.run(
+        [*DCV, "serve", "--config", folder / "dcv.toml"], capture_output=True, timeout=20
+    )
+    assert second.returncode == EX_CONFIG
+    assert b"another appliance is running" in second.stderr
+    assert first.poll() is None
+
+
+def test_dcv_status_shows_the_stage_while_it_boots_and_the_state_after(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    def status(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*DCV, "status", "--socket", folder / "status.sock", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
+    assert status().returncode == 2
+    write(folder, "load:1.5")
+    gateway = serve(folder, processes)
+    wait_for("engine_log", folder)
+    booting = status("--json")
+    assert booting.returncode == 1
+    assert json.loads(booting.stdout)["stage"]["name"] == "engine"
+    wait_for("serving", folder)
+    serving = status()
+    assert serving.returncode == 0
+    assert "serving" in serving.stdout
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+
+
+def test_check_prints_the_effective_configuration_and_starts_nothing(folder: Path) -> None:
+    path = write(folder)
+    checked = subprocess.run(
+        [*DCV, "serve", "--config", path, "--check"], capture_output=True, text=True, timeout=20
+    )
+    assert checked.returncode == 0
+    assert json.loads(checked.stdout)["limits"]["max_nesting"] == 64
+    path.write_text("[listen]\nport = 99999\n")
+    refused = subprocess.run(
+        [*DCV, "serve", "--config", path, "--check"], capture_output=True, text=True, timeout=20
+    )
+    assert refused.returncode == EX_CONFIG
+    assert "[listen] port" in refused.stderr
+
+
+def test_many_clients_that_hang_up_leave_no_exchange_behind(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder)
+    gateway = serve(folder, processes)
+    url = str(wait_for("serving", folder)["urls"]).strip("[]'")
+
+    def hang_up() -> None:
+        with httpx2.Client(verify=False, timeout=10) as client:
+            for _ in range(5):
+                with client.stream("POST", url + CHAT, content=slow_chat()) as response:
+                    next(response.iter_raw())
+
+    threads = [threading.Thread(target=hang_up) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    until = time.monotonic() + 5
+    with socket.socket(socket.AF_UNIX) as _unused:
+        while True:
+            document = json.loads(
+                subprocess.run(
+                    [*DCV, "status", "--json", "--socket", folder / "status.sock"],
+                    capture_output=True,
+                    timeout=20,
+                ).stdout
+            )
+            if document["running"] == 0:
+                break
+            assert time.monotonic() < until, document
+    gateway.terminate()
+    assert gateway.wait(20) == 0
