@@ -11,6 +11,7 @@ the same wherever the process was started.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import tomllib
 from pathlib import Path
@@ -25,9 +26,10 @@ Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
 Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86_400)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
-Sha256Hex: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Sha256Hex: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
-# What makes SGLang log content, listen elsewhere, or run code that was not measured. A name is
+# What makes SGLang log or dump content, listen elsewhere, hand its cache or its requests to another
+# process, or run code and load weights that were not measured. A name is
 # refused when it is a prefix of one of these or the other way round, because argparse accepts
 # any unambiguous abbreviation of a long option.
 REFUSED_ENGINE_ARGUMENTS = frozenset(
@@ -35,26 +37,44 @@ REFUSED_ENGINE_ARGUMENTS = frozenset(
         "config",
         "crash-dump-folder",
         "custom-sigquit-handler",
+        "custom-weight-loader",
+        "debug-tensor-dump",
+        "decoupled-spec",
+        "disaggregation",
         "enable-custom-logit-processor",
         "enable-return-hidden-states",
         "enable-trace",
+        "encoder-register-urls",
+        "encoder-urls",
         "export-metrics-to-file",
         "fastapi-root-path",
         "file-storage-path",
+        "forward-hooks",
+        "gated-launch-port",
+        "grpc-http-sidecar-port",
         "grpc-mode",
         "grpc-port",
+        "hicache-storage-backend",
+        "kv-events-config",
         "load-publish-endpoint",
         "log-level",
         "log-requests",
+        "modelexpress-config",
+        "msprobe-dump-config",
         "otlp-traces-endpoint",
+        "remote-instance-weight-loader",
         "sidecar",
         "smg-grpc-mode",
         "smg-http-sidecar-port",
+        "spec-trace-dir",
         "ssl-certfile",
         "ssl-keyfile",
         "tool-server",
         "trust-remote-code",
         "trust-request-chat-template",
+        "unified-cache-external-linker",
+        "use-ray",
+        "weight-cache",
     }
 )
 
@@ -69,6 +89,7 @@ REFUSED_REQUEST_KEYS = frozenset(
         "custom_logit_processor",
         "custom_params",
         "data_parallel_rank",
+        "disagg_prefill_dp_rank",
         "extra_key",
         "input_ids",
         "lora_path",
@@ -198,7 +219,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     tensor_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
     data_parallel: Annotated[int, Meta(ge=1, le=64)] = 1
     context_length: Count | None = None
-    memory_fraction: Annotated[float, Meta(gt=0, lt=1)] | None = None
+    memory_fraction: Annotated[float, Meta(ge=0.01, lt=1)] | None = None
     max_running_requests: Count | None = None
     max_total_tokens: Annotated[int, Meta(ge=1)] | None = None
     stream_interval: Annotated[int, Meta(ge=1, le=1024)] = 1
@@ -277,13 +298,14 @@ def parse_config(text: str, *, folder: Path) -> MeasuredConfig:
     """
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # besides its own, from long digits and depth
         raise ConfigError(f"not TOML: {error}") from error
     try:
         config = msgspec.convert(raw, MeasuredConfig, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(_explain(str(error))) from error
     config = _resolve_paths(config, folder)
+    _check_listen(config.listen)
     _check_engine(config.engine)
     return config
 
@@ -314,8 +336,8 @@ def _explain(message: str) -> str:
         hint = f"; did you mean `{near[0]}`?" if near else ""
         return f"unknown key {place}{hint}"
     if located := _LOCATED.match(message):
-        section, _, field = located["at"].rpartition(".")
-        place = f"[{section}] {field}" if section else located["at"]
+        section, dot, field = located["at"].partition(".")
+        place = f"[{section}] {field}" if dot else section
         return f"{place}: {located['what'][0].lower()}{located['what'][1:]}"
     return message[0].lower() + message[1:]
 
@@ -345,6 +367,13 @@ def _resolve_paths(config: MeasuredConfig, folder: Path) -> MeasuredConfig:
             python_path=tuple(absolute(path) for path in config.engine.python_path),
         ),
     )
+
+
+def _check_listen(listen: Listen) -> None:
+    try:
+        ipaddress.ip_address(listen.host)
+    except ValueError:
+        raise ConfigError("[listen] host: expected a literal IP address") from None
 
 
 def _check_engine(engine: Engine) -> None:

@@ -55,7 +55,7 @@ class ApplianceError(Exception):
     type: ClassVar[str] = "server_error"
     http_status: int = 500
     exit_status: int = EX_SOFTWARE
-    advice: ClassVar[str] = "This is a defect: report it with the log lines around it."
+    advice: str = "This is a defect: report it with the log lines around it."
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after_s: int | None = None
@@ -99,6 +99,7 @@ class BootError(ApplianceError):
         self.name = name
         self.cause = cause
         self.exit_status = cause.exit_status
+        self.advice = cause.advice
 
 
 class Malformed(ApplianceError):

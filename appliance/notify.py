@@ -32,7 +32,7 @@ class Notifier:
         """What systemd told this process (sd_notify(3), sd_watchdog_enabled(3))."""
         watchdog_s = None
         micros = environment.get("WATCHDOG_USEC", "")
-        if micros.isdigit() and environment.get("WATCHDOG_PID", str(pid)) == str(pid):
+        if micros.isdecimal() and environment.get("WATCHDOG_PID", str(pid)) == str(pid):
             watchdog_s = int(micros) / 1e6
         return cls(address=environment.get("NOTIFY_SOCKET") or None, watchdog_s=watchdog_s or None)
 
@@ -61,6 +61,6 @@ class Notifier:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(SEND_S)
             try:
-                sender.sendto(message.encode("utf-8"), address)
+                sender.sendto(message.encode("utf-8", errors="replace"), address)
             except OSError:
                 return

@@ -8,6 +8,7 @@ exponent form, which PyYAML would read as strings.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,10 @@ _OUR_ALIASES = frozenset(
         "tp-size",
     }
 )
+
+
+_NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
+_NUMBER = re.compile(r"-[0-9]+(?:\.[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,8 @@ def engine_command(
     return EngineCommand(
         argv=(*program, "--config", str(settings_file)),
         environment=_environment(engine, runtime=runtime, init_file=init_file, threads=threads),
-        settings_text=json.dumps(settings, indent=1) + "\n",
+        # Not ASCII alone: YAML reads the two escapes of a surrogate pair as two characters.
+        settings_text=json.dumps(settings, indent=1, ensure_ascii=False) + "\n",
         settings_file=settings_file,
         init_file=init_file,
         port=port,
@@ -167,8 +173,11 @@ def parse_extra_args(arguments: Iterable[str]) -> dict[str, JsonValue]:
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("_", "-")
-        if not name or not name.replace("-", "").isalnum():
+        if not _NAME.fullmatch(name):
             raise ConfigError(f"[engine] extra_args: expected `name=value`, got `{argument}`")
+        if value.startswith("-") and not _NUMBER.fullmatch(value):
+            # SGLang makes argv of its file: `lora-paths=--log-requests` would be two options.
+            raise ConfigError(f"[engine] extra_args: `{name}` may not have a value like an option")
         if any(ours.startswith(name) for ours in _OUR_ALIASES):
             raise ConfigError(
                 f"[engine] extra_args: `{name}` has its own key in [engine] or [model]"
@@ -202,4 +211,7 @@ def _environment(engine: Engine, *, runtime: Path, init_file: Path, threads: int
         environment["PYTHONPATH"] = ":".join(engine.python_path)
     if engine.device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        # By default OpenMP's threads spin at every barrier, also while the one they wait for is
+        # not running: beside one other busy process that made each product seven times slower.
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
     return environment

@@ -205,7 +205,10 @@ async def _run(
         # 2. What it was told is not what counts: look at what it does.
         sockets = refuse_exposed(guarded.pid) if config.nodes == 1 else []
         log.info(
-            "engine_ready", pid=guarded.pid, sockets=[f"{s.address}:{s.port}" for s in sockets]
+            "engine_ready",
+            pid=guarded.pid,
+            port=command.port,
+            sockets=[f"{s.address}:{s.port}" for s in sockets],
         )
         # 3. It has read its settings; the keys need not stay on disk. Its shared memory exists
         #    by now, and the guardian must know it to remove it after a SIGKILL.

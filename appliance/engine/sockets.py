@@ -38,10 +38,13 @@ def refuse_exposed(pid: int, *, proc: Path = Path("/proc")) -> list[ListeningSoc
         EngineExposed: a socket is reachable from elsewhere. The message names address and port.
     """
     owned = _socket_inodes(process_tree(pid, proc=proc), proc=proc)
+    tables = [proc / "net" / "tcp"]
+    if (proc / "net" / "tcp6").exists():  # not where IPv6 is turned off
+        tables.append(proc / "net" / "tcp6")
     table = [
         entry
-        for name in ("tcp", "tcp6")
-        for entry in parse_tcp_table((proc / "net" / name).read_text(encoding="ascii"))
+        for path in tables
+        for entry in parse_tcp_table(path.read_text(encoding="ascii"))
         if entry.inode in owned
     ]
     for entry in table:

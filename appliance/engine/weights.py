@@ -25,7 +25,12 @@ def verify_model_files(model: Model, *, progress: Callable[[str], None]) -> None
             (the engine would read it).
     """
     root = Path(model.path)
-    present = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
+    # A link to a folder counts as a file nobody named: `rglob` does not look behind it.
+    present = {
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
     if missing := sorted(model.files.keys() - present):
         raise ModelError(f"expected {missing[0]} in the model folder, it is missing")
     if unnamed := sorted(present - model.files.keys()):

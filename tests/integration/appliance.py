@@ -15,8 +15,8 @@ from typing import Any
 
 import h11
 import httpx2
-import openai
 import trio
+from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 
 from appliance.config import MeasuredConfig, parse_config
 from appliance.errors import ApplianceError
@@ -62,16 +62,16 @@ class RunningAppliance:
     def client(self, **options: Any) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(base_url=self.url, verify=self.trust, timeout=20, **options)
 
-    def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(
+    def openai(self) -> OpenAI:
+        return OpenAI(
             base_url=f"{self.url}/v1",
             api_key="unused",
             max_retries=0,
-            http_client=openai.DefaultHttpxClient(verify=self.trust),
+            http_client=DefaultHttpxClient(verify=self.trust),
         )
 
-    def async_openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
+    def async_openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(
             base_url=f"{self.url}/v1",
             api_key="unused",
             max_retries=0,
@@ -174,7 +174,7 @@ async def start_appliance(
         folder=folder,
         config=config,
         url=str(serving["urls"][0]),
-        engine_port=int(ready["sockets"][0].rpartition(":")[2]),
+        engine_port=int(ready["port"]),
         log_stream=stream,
         ended=ended,
         result=result,

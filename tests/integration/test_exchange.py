@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import h11
 import httpx2
 import openai
 import pytest
 import trio
 
-from tests.integration.appliance import MODEL, QUESTION, RawConnection, RunningAppliance
+from tests.integration.appliance import (
+    MODEL,
+    QUESTION,
+    RawConnection,
+    RunningAppliance,
+    start_appliance,
+)
 
 CHAT = "/v1/chat/completions"
 
@@ -430,10 +438,61 @@ async def test_a_canary_prompt_is_in_no_log_error_or_file(appliance: RunningAppl
             assert canary.encode() not in path.read_bytes(), path
 
 
-def _sent_client() -> object:
-    import h11
-
+def _sent_client() -> h11.Connection:
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="GET", target="/", headers=[("host", "x")]))
     connection.send(h11.EndOfMessage())
     return connection
+
+
+async def test_silence_is_filled_with_pings_before_and_between_events(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(nursery, tmp_path, sections={"limits": {"heartbeat_s": 0.1}})
+    late = await appliance.chat("[[mode:first_token_delay:500]] Go", stream=True, max_tokens=3)
+    slow = await appliance.chat("[[mode:slow:300]] Go", stream=True, max_tokens=3)
+    for response in (late, slow):
+        assert response.status_code == 200
+        assert response.content.count(b": ping\n\n") >= 3
+        assert response.content.endswith(b"data: [DONE]\n\n")
+
+
+async def test_an_engine_that_falls_silent_is_given_up_after_a_while(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(
+        nursery,
+        tmp_path,
+        sections={"limits": {"heartbeat_s": 0.1, "engine_idle_s": 0.5, "generation_s": 1.0}},
+    )
+    async with RawConnection.open(appliance) as connection:
+        await connection.post(CHAT, chat_body("[[mode:hang_stream:2]] Go", stream=True))
+        response = await connection.read_response()
+    assert not response.clean
+    assert b"silent for too long" in response.body
+    whole = await appliance.chat("[[mode:hang_stream:0]] Go")
+    assert whole.status_code == 502
+
+
+async def test_places_are_bounded_and_a_fan_out_takes_several(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(nursery, tmp_path, sections={"limits": {"max_concurrent": 2}})
+    async with RawConnection.open(appliance) as first:
+        await first.post(CHAT, chat_body("[[mode:slow:50]] Go", stream=True, ignore_eos=True))
+        await first.read_some(1)
+        refused = await appliance.chat(n=2, temperature=1)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert (await appliance.chat()).status_code == 200
+    with trio.fail_after(5):
+        while (await appliance.chat(n=2, temperature=1)).status_code != 200:
+            await trio.sleep(0.05)
+
+
+async def test_an_error_event_behind_a_200_still_gets_a_status(
+    appliance: RunningAppliance,
+) -> None:
+    response = await appliance.chat("[[mode:error_event:0]] Go", stream=True)
+    assert response.status_code in {400, 502}
+    assert response.json()["error"]["code"] in {"engine_refused", "engine_failed"}

@@ -291,7 +291,7 @@ def alive(pid: int) -> bool:
 
 
 def engine_state(folder: Path) -> dict[str, object]:
-    port = str(wait_for("engine_ready", folder)["sockets"]).split(":")[1].split("'")[0]
+    port = wait_for("engine_ready", folder)["port"]
     state: dict[str, object] = httpx2.get(f"http://127.0.0.1:{port}/_state").json()
     return state
 
@@ -449,7 +449,7 @@ def test_dcv_status_shows_the_stage_while_it_boots_and_the_state_after(
     folder: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
     def status(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*DCV, "status", "--socket", folder / "status.sock", *arguments]
+        command: list[str | Path] = [*DCV, "status", "--socket", folder / "status.sock", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=20)
 
     assert status().returncode == 2

@@ -1,0 +1,403 @@
+"""End to end on the real SGLang: what OpenAI's clients do, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from serve import MODEL_ID
+
+from tests.engine.conftest import RealAppliance, stop
+
+pytestmark = pytest.mark.engine
+
+QUESTION: list[ChatCompletionMessageParam] = [
+    {"role": "user", "content": "What is the capital of France?"}
+]
+STORY: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Tell me a story."}]
+CANARY = "xylograph-quixotry-7781"
+
+
+def test_a_whole_answer_and_a_streamed_one_are_the_same(real: RealAppliance) -> None:
+    with real.openai() as client:
+        whole = client.chat.completions.create(
+            model=MODEL_ID, messages=QUESTION, temperature=0, max_tokens=24
+        )
+        stream = client.chat.completions.create(
+            model=MODEL_ID,
+            messages=QUESTION,
+            temperature=0,
+            max_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        text, usage = "", None
+        for chunk in stream:
+            usage = chunk.usage or usage
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+    assert "Paris" in (whole.choices[0].message.content or "")
+    assert text == whole.choices[0].message.content
+    assert whole.usage is not None
+    assert usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+async def test_the_asynchronous_client_works_too(real: RealAppliance) -> None:
+    async with openai.AsyncOpenAI(
+        base_url=f"{real.url}/v1",
+        api_key="unused",
+        http_client=httpx2.AsyncClient(verify=real.trust, timeout=120),
+    ) as client:
+        text = ""
+        async for chunk in await client.chat.completions.create(
+            model=MODEL_ID, messages=QUESTION, temperature=0, max_tokens=24, stream=True
+        ):
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+        completion = await client.completions.create(
+            model=MODEL_ID, prompt="The capital of France is", temperature=0, max_tokens=4
+        )
+    assert "Paris" in text
+    assert "Paris" in completion.choices[0].text
+
+
+def test_one_seed_gives_one_text_and_other_seeds_other_texts(real: RealAppliance) -> None:
+    def ask(seed: int) -> str:
+        with real.openai() as client:
+            answer = client.chat.completions.create(
+                model=MODEL_ID, messages=STORY, temperature=1, seed=seed, max_tokens=24
+            )
+        return answer.choices[0].message.content or ""
+
+    texts = [ask(seed) for seed in (11, 11, 12, 13)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
+def test_requests_without_a_seed_differ(real: RealAppliance) -> None:
+    with real.openai() as client:
+        texts = {
+            client.chat.completions.create(
+                model=MODEL_ID, messages=STORY, temperature=1, max_tokens=24
+            )
+            .choices[0]
+            .message.content
+            for _ in range(2)
+        }
+    assert len(texts) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_two_choices_are_two_different_texts(real: RealAppliance, *, stream: bool) -> None:
+    with real.openai() as client:
+        if stream:
+            texts = ["", ""]
+            for chunk in client.chat.completions.create(
+                model=MODEL_ID,
+                messages=STORY,
+                temperature=1,
+                seed=5,
+                n=2,
+                max_tokens=16,
+                stream=True,
+            ):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.delta.content or ""
+        else:
+            answer = client.chat.completions.create(
+                model=MODEL_ID, messages=STORY, temperature=1, seed=5, n=2, max_tokens=16
+            )
+            texts = [choice.message.content or "" for choice in answer.choices]
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 32
+    assert texts[0]
+    assert texts[1]
+    assert texts[0] != texts[1]
+
+
+def test_stop_ends_the_text_and_length_is_named(real: RealAppliance) -> None:
+    with real.openai() as client:
+        stopped = client.completions.create(
+            model=MODEL_ID, prompt="1, 2, 3, 4,", temperature=0, max_tokens=32, stop=" 7"
+        )
+        cut = client.completions.create(
+            model=MODEL_ID, prompt="1, 2, 3, 4,", temperature=0, max_tokens=3
+        )
+    assert "7" not in stopped.choices[0].text
+    assert stopped.choices[0].finish_reason == "stop"
+    assert cut.choices[0].finish_reason == "length"
+
+
+def test_logprobs_come_with_their_alternatives(real: RealAppliance) -> None:
+    with real.openai() as client:
+        answer = client.chat.completions.create(
+            model=MODEL_ID,
+            messages=QUESTION,
+            temperature=0,
+            max_tokens=4,
+            logprobs=True,
+            top_logprobs=2,
+        )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content
+    first = logprobs.content[0]
+    assert first.logprob <= 0
+    assert len(first.top_logprobs) == 2
+
+
+def test_a_json_schema_is_kept(real: RealAppliance) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": ["Paris", "Lyon"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    with real.openai() as client:
+        answer = client.chat.completions.create(
+            model=MODEL_ID,
+            messages=QUESTION,
+            temperature=0,
+            max_tokens=32,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": schema},
+            },
+        )
+    assert json.loads(answer.choices[0].message.content or "") in (
+        {"city": "Paris"},
+        {"city": "Lyon"},
+    )
+
+
+def test_a_required_tool_is_called(real: RealAppliance) -> None:
+    tools: list[Any] = [
+        {
+            "type": "function",
+            "function": {
+                "name": "get_weather",
+                "description": "The weather in a city",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"city": {"type": "string", "enum": ["Paris", "Lyon"]}},
+                    "required": ["city"],
+                },
+            },
+        }
+    ]
+    with real.openai() as client:
+        answer = client.chat.completions.create(
+            model=MODEL_ID,
+            messages=[{"role": "user", "content": "How is the weather in Paris?"}],
+            tools=tools,
+            tool_choice="required",
+            temperature=0,
+            max_tokens=96,
+        )
+    calls = answer.choices[0].message.tool_calls
+    assert calls, answer
+    call = calls[0]
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["city"] in {"Paris", "Lyon"}
+
+
+def test_tokens_are_counted_as_the_engine_counts_them(real: RealAppliance) -> None:
+    prompt = "Tokens are counted, naïvely or not: 東京."
+    with real.client() as client:
+        tokenized = client.post("/v1/tokenize", json={"model": MODEL_ID, "prompt": prompt}).json()
+        text = client.post(
+            "/v1/detokenize", json={"model": MODEL_ID, "tokens": tokenized["tokens"]}
+        ).json()["text"]
+        answer = client.post(
+            "/v1/completions", json={"model": MODEL_ID, "prompt": prompt, "max_tokens": 1}
+        ).json()
+    assert tokenized["count"] == len(tokenized["tokens"]) == answer["usage"]["prompt_tokens"]
+    assert text == prompt
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_its_numbers(real: RealAppliance) -> None:
+    with real.client() as client:
+        response = client.post(
+            "/v1/completions",
+            json={"model": MODEL_ID, "prompt": f"{CANARY} " * 4000, "max_tokens": 1},
+        )
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "engine_refused"
+    assert "context" in error["message"]
+    assert CANARY not in response.text
+
+
+def test_a_broken_json_schema_is_refused_without_an_echo(real: RealAppliance) -> None:
+    body = {
+        "model": MODEL_ID,
+        "messages": QUESTION,
+        "max_tokens": 4,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": CANARY}},
+        },
+    }
+    with real.client() as client:
+        for stream in (False, True):
+            response = client.post("/v1/chat/completions", json={**body, "stream": stream})
+            assert response.status_code == 400, response.text
+            assert CANARY not in response.text
+
+
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+def test_curl_streams_over_both_protocols(real: RealAppliance, version: str) -> None:
+    result = subprocess.run(
+        [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--no-buffer",
+            version,
+            "--cacert",
+            real.folder / "tls.pem",
+            "--write-out",
+            "%{http_version} %{http_code}",
+            "--json",
+            json.dumps(
+                {
+                    "model": MODEL_ID,
+                    "messages": QUESTION,
+                    "stream": True,
+                    "temperature": 0,
+                    "max_tokens": 16,
+                }
+            ),
+            f"{real.url}/v1/chat/completions",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    body, _, status = result.stdout.rpartition("\n")
+    assert status == ("2 200" if version == "--http2" else "1.1 200")
+    assert body.endswith("data: [DONE]\n")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_aborts_the_generation(
+    real: RealAppliance, *, stream: bool
+) -> None:
+    before = real.engine_counter("sglang:num_aborted_requests_total")
+    body = {
+        "model": MODEL_ID,
+        "messages": STORY,
+        "stream": stream,
+        "max_tokens": 2000,
+        "ignore_eos": True,
+    }
+    gone = 0.0
+
+    def hang_up_when_running(client: httpx2.Client) -> None:
+        nonlocal gone
+        while real.engine_counter("sglang:num_running_reqs") < 1:
+            time.sleep(0.05)
+        gone = time.monotonic()
+        client.close()
+
+    with real.client() as client:
+        if stream:
+            with client.stream("POST", "/v1/chat/completions", json=body) as response:
+                next(response.iter_raw())
+                gone = time.monotonic()
+        else:
+            thread = threading.Thread(target=hang_up_when_running, args=[client])
+            thread.start()
+            with pytest.raises((httpx2.HTTPError, RuntimeError, OSError)):
+                client.post("/v1/chat/completions", json=body, timeout=8)
+            thread.join()
+    while real.engine_counter("sglang:num_aborted_requests_total") <= before:
+        assert time.monotonic() - gone < 10
+        time.sleep(0.01)
+    took = time.monotonic() - gone
+    print(f"aborted {took * 1000:.0f} ms after the client went away")
+    # The target is 100 ms; scraping the engine's metrics takes part of it, and on two cores the
+    # generation itself competes. What is checked is that we abort, and do not wait for SGLang to
+    # notice (2 s in a stream, 4 s otherwise).
+    assert took < 1.0
+
+
+def test_a_canary_prompt_is_in_no_log_and_no_file(real: RealAppliance) -> None:
+    with real.client() as client:
+        client.post(
+            "/v1/chat/completions",
+            json={
+                "model": MODEL_ID,
+                "max_tokens": 8,
+                "messages": [{"role": "user", "content": f"Repeat: {CANARY}"}],
+            },
+        )
+    for path in real.folder.rglob("*"):
+        if path.is_file():
+            assert CANARY.encode() not in path.read_bytes(), path
+
+
+def test_the_engine_listens_on_loopback_only(real: RealAppliance) -> None:
+    from appliance.engine.sockets import refuse_exposed
+
+    sockets = refuse_exposed(real.engine_pid)
+    assert any(entry.port == real.engine_port for entry in sockets)
+
+
+def test_sigterm_lets_the_stream_end_and_leaves_nothing(fresh: RealAppliance) -> None:
+    with (
+        fresh.client() as client,
+        client.stream(
+            "POST",
+            "/v1/chat/completions",
+            json={"model": MODEL_ID, "messages": QUESTION, "stream": True, "temperature": 0},
+        ) as response,
+    ):
+        data = b""
+        for part in response.iter_raw():
+            if not data:
+                fresh.process.send_signal(signal.SIGTERM)
+            data += part
+    assert data.endswith(b"data: [DONE]\n\n")
+    assert stop(fresh) == 0
+    assert not Path(f"/proc/{fresh.engine_pid}").exists()
+
+
+def test_an_engine_killed_in_mid_stream_is_an_error_event_and_an_exit_status(
+    fresh: RealAppliance,
+) -> None:
+    data = b""
+    with (
+        pytest.raises(httpx2.RemoteProtocolError),
+        fresh.client() as client,
+        client.stream(
+            "POST",
+            "/v1/chat/completions",
+            json={
+                "model": MODEL_ID,
+                "messages": STORY,
+                "stream": True,
+                "max_tokens": 2000,
+                "ignore_eos": True,
+            },
+        ) as response,
+    ):
+        for part in response.iter_raw():
+            if not data:
+                os.kill(fresh.engine_pid, signal.SIGKILL)
+            data += part
+    assert b'data: {"error"' in data
+    assert b"[DONE]" not in data
+    assert fresh.process.wait(60) == 70
+    assert "engine_died" in fresh.log()

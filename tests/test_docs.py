@@ -1,0 +1,66 @@
+"""The documents say what is there: links lead somewhere, commands and options exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from appliance import errors
+from appliance.cli import _parser
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "image/**/*.md", "appliance/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_a_document_names_is_in_the_justfile(document: Path) -> None:
+    recipes = set(re.findall(r"^([a-z][a-z-]*)(?: [^:=]*)?:(?!=)", (ROOT / "Justfile").read_text(), re.M))
+    named = set(re.findall(r"`just ([a-z][a-z-]*)", document.read_text()))
+    named |= set(re.findall(r"^just ([a-z][a-z-]*)", document.read_text(), re.M))
+    assert named <= recipes
+
+
+def test_every_recipe_has_its_help_line() -> None:
+    lines = (ROOT / "Justfile").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"^[a-z][a-z-]*(?: [^:=]*)?:(?!=)", line):
+            above = [text for text in lines[:number][::-1] if not text.startswith("[")]
+            assert above[0].startswith("# "), line
+
+
+def test_help_names_every_exit_status_that_can_happen() -> None:
+    leaves = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    statuses = {
+        kind.exit_status
+        for kind in leaves
+        if issubclass(kind, errors.ApplianceError) and not kind.__subclasses__()
+    }
+    help_text = subprocess.run(
+        [sys.executable, "-m", "appliance", "serve", "--help"],
+        capture_output=True, text=True, check=True,
+    ).stdout
+    for status in statuses:
+        assert f"{status} " in help_text
+
+
+def test_every_command_of_the_help_is_in_the_readme_or_the_changelog() -> None:
+    parser = _parser()
+    [commands] = [action for action in parser._actions if hasattr(action, "choices") and action.choices]
+    text = (ROOT / "README.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
+    assert commands.choices
+    for command in commands.choices:
+        assert f"dcv {command}" in text
