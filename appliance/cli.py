@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 from rich.console import Console
 from rich.table import Table
 
 from appliance import __version__
-from appliance.config import effective_config, load_config
+from appliance.config import ApiKey, effective_config, load_config
 from appliance.engine.command import parse_extra_args
-from appliance.errors import ConfigError
+from appliance.errors import EX_USAGE, ConfigError
 from appliance.log import configure_log
 from appliance.notify import Notifier
 from appliance.run import run
+from appliance.serving.auth import create_key, hash_key
 
 DEFAULT_STATUS_SOCKET = "/run/dcv/status.sock"
 STATUS_TIMEOUT_S = 5.0
@@ -50,6 +53,24 @@ def serve_command(arguments: argparse.Namespace) -> int:
     notifier = Notifier.from_environment(os.environ, pid=os.getpid())
     ended_by = trio.run(partial(run, config, log=log, notifier=notifier))
     return 0 if ended_by is None else ended_by.exit_status
+
+
+def new_key_command(arguments: argparse.Namespace) -> int:
+    """`dcv keys new NAME`: the key to standard output, what to store of it to standard error."""
+    key = create_key(secrets.token_bytes)
+    entry = {"name": arguments.name, "sha256": hash_key(key)}
+    try:
+        msgspec.convert(entry, ApiKey, strict=True)
+    except msgspec.ValidationError:
+        print("dcv: NAME: expected 1 to 64 letters, digits, `.`, `_` or `-`", file=sys.stderr)
+        return EX_USAGE
+    print(key)
+    print(
+        f"# add to the configuration; the key above is shown only now\n"
+        f'[[auth.keys]]\nname = "{entry["name"]}"\nsha256 = "{entry["sha256"]}"',
+        file=sys.stderr,
+    )
+    return 0
 
 
 def status_command(arguments: argparse.Namespace) -> int:
@@ -86,6 +107,17 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="validate, print the effective configuration, exit"
     )
     serve.set_defaults(command=serve_command)
+
+    keys = commands.add_parser("keys", help="API keys")
+    key_commands = keys.add_subparsers(required=True, metavar="COMMAND")
+    new = key_commands.add_parser(
+        "new",
+        help="make an API key",
+        description="Print a new key on standard output, once, and the line for the configuration "
+        "on standard error. Only the line is stored anywhere.",
+    )
+    new.add_argument("name", help="for you: letters, digits, `.`, `_`, `-`")
+    new.set_defaults(command=new_key_command)
 
     status = commands.add_parser(
         "status",

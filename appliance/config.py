@@ -134,6 +134,35 @@ class Tls(Struct, frozen=True, forbid_unknown_fields=True):
     certificate_file: str = ""
 
 
+class ApiKey(Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry of `[auth] keys`, as `dcv keys new NAME` prints it.
+
+    Attributes:
+        name: for the operator; unique.
+        sha256: of the key; the key itself is nowhere.
+        max_concurrent: generations at once, waiting ones included; null for no bound of its own.
+        requests_per_minute: sustained rate, a minute's worth may come at once; null for none.
+    """
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
+    sha256: Sha256Hex
+    max_concurrent: Count | None = None
+    requests_per_minute: Count | None = None
+
+
+class Auth(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[auth]`: who may ask.
+
+    Attributes:
+        mode: `keys` asks every client for an API key; `loopback` asks none and is refused unless
+            the appliance listens on loopback only; `unsafe_none` asks none, wherever it listens.
+        keys: the known keys, as hashes.
+    """
+
+    mode: Literal["keys", "loopback", "unsafe_none"] = "keys"
+    keys: Annotated[tuple[ApiKey, ...], Meta(max_length=10_000)] = ()
+
+
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """`[limits]`: every bound on what a client may take. Durations in seconds, sizes in bytes.
 
@@ -143,6 +172,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
         max_event_bytes: one SSE event of the engine.
         max_nesting: depth of a JSON body.
         max_concurrent: engine generations at once; `n` choices count as `n`.
+        max_waiting: requests in line for a place; one more is refused.
+        max_wait_s: how long one waits in line.
         max_choices: `n` times the number of prompts of one request.
         max_connections: open TCP connections; one more is closed before its handshake.
         max_connections_per_peer: the same, from one address.
@@ -162,6 +193,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     max_event_bytes: Annotated[int, Meta(ge=1024, le=1 << 28)] = 4 << 20
     max_nesting: Annotated[int, Meta(ge=4, le=256)] = 64
     max_concurrent: Count = 256
+    max_waiting: Annotated[int, Meta(ge=0, le=1_000_000)] = 1024
+    max_wait_s: Seconds = 30.0
     max_choices: Annotated[int, Meta(ge=1, le=128)] = 16
     max_connections: Count = 4096
     max_connections_per_peer: Count = 1024
@@ -270,6 +303,7 @@ class MeasuredConfig(Struct, frozen=True, forbid_unknown_fields=True):
     model: Model
     listen: Listen = Listen()
     tls: Tls = Tls()
+    auth: Auth = Auth()
     limits: Limits = Limits()
     engine: Engine = Engine()
     log: Log = Log()
@@ -307,6 +341,7 @@ def parse_config(text: str, *, folder: Path) -> MeasuredConfig:
     config = _resolve_paths(config, folder)
     _check_listen(config.listen)
     _check_engine(config.engine)
+    _check_auth(config)
     return config
 
 
@@ -374,6 +409,31 @@ def _check_listen(listen: Listen) -> None:
         ipaddress.ip_address(listen.host)
     except ValueError:
         raise ConfigError("[listen] host: expected a literal IP address") from None
+
+
+def _check_auth(config: MeasuredConfig) -> None:
+    auth = config.auth
+    if auth.mode == "keys" and not auth.keys:
+        raise ConfigError(
+            "[auth] keys: missing; make one with `dcv keys new NAME`, or set mode to `loopback`"
+        )
+    if auth.mode == "loopback" and not _is_loopback(config.listen.host):
+        raise ConfigError(
+            f"[auth] mode: `loopback` needs a loopback [listen] host, got `{config.listen.host}`"
+        )
+    for what, values in (
+        ("name", [key.name for key in auth.keys]),
+        ("sha256", [key.sha256 for key in auth.keys]),
+    ):
+        if len(set(values)) != len(values):
+            raise ConfigError(f"[auth] keys: expected every {what} once")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may resolve to anything
 
 
 def _check_engine(engine: Engine) -> None:

@@ -9,12 +9,14 @@ Whose fault it is comes first, because that decides what happens next:
     ├── ModelError                 the weights on disk are not the ones the configuration names
     ├── Malformed                  bytes that do not parse (`appliance.wire` raises nothing else)
     ├── RequestError               the client's: 4xx, never retried as it stands
+    │   ├── Unauthorized
     │   ├── InvalidRequest  InvalidSeed  UnknownParameter  UnsupportedFeature
     │   ├── BodyTooLarge  BodyTooSlow
     │   ├── ModelNotFound  RouteNotFound  MethodNotAllowed
     │   └── SessionNotAccepted
     ├── CapacityError              nobody's: try again later
-    │   ├── Overloaded
+    │   ├── RateLimited                           the API key's own limit
+    │   ├── Overloaded                            everybody's
     │   └── NotServing
     └── EngineError                the engine's
         ├── EngineStartFailed  EngineExposed          it never became usable
@@ -127,6 +129,13 @@ class RequestError(ApplianceError):
     advice = "Nothing to do on the appliance: the client must change its request."
 
 
+class Unauthorized(RequestError):
+    code = "unauthorized"
+    type = "authentication_error"
+    http_status = 401
+    advice = "If the client should have access, make it a key with `dcv keys new NAME`."
+
+
 class InvalidRequest(RequestError):
     code = "invalid_request"
 
@@ -177,10 +186,15 @@ class CapacityError(ApplianceError):
     http_status = 503
 
 
-class Overloaded(CapacityError):
-    code = "overloaded"
+class RateLimited(CapacityError):
+    code = "rate_limit_exceeded"
     type = "rate_limit_error"
     http_status = 429
+    advice = "If the client should have more, raise the limits of its key in [auth] keys."
+
+
+class Overloaded(CapacityError):
+    code = "overloaded"
     advice = "Add capacity, or raise [limits] max_concurrent if the engine has room."
 
 

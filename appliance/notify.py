@@ -10,7 +10,6 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-
 SEND_S = 0.2
 """For one datagram. It blocks the event loop, so it is short; systemd reads at once."""
 

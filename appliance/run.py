@@ -31,6 +31,7 @@ from appliance.log import Log
 from appliance.notify import Notifier
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission
+from appliance.serving.auth import Authenticator
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.web.app import create_app
 from appliance.web.health import HealthSource
@@ -39,6 +40,7 @@ from appliance.web.server import open_listeners, serve, url_of
 from appliance.web.status import serve_status
 
 LISTEN_S = 30.0
+CACHE_SECRET_BYTES = 32
 
 
 async def run(
@@ -55,7 +57,7 @@ async def run(
         None after an orderly stop; else what ended it (its `exit_status` is the process's).
     """
     lifecycle = Lifecycle(wall_clock=wall_clock, clock=trio.current_time)
-    admission = Admission(lifecycle, places=config.limits.max_concurrent)
+    admission = Admission(lifecycle, config.limits)
     health = HealthSource(config=config, lifecycle=lifecycle, admission=admission)
     appliance = _Appliance(config, lifecycle, admission, health, log, wall_clock, random)
     try:
@@ -159,6 +161,8 @@ class _Appliance:
             engine=booted.engine.address,
             aborts=aborts,
             tokenizer=booted.tokenizer,
+            authenticator=Authenticator(self.config.auth),
+            cache_secret=self.random(CACHE_SECRET_BYTES),
             random=self.random,
             created=int(self.wall_clock()),
         )

@@ -1,31 +1,46 @@
-"""Who may use the engine now: bounded places, and a handle on every running exchange.
+"""Who may use the engine now: bounded places, a bounded queue, and fairness between tenants.
 
-An exchange is admitted only while the appliance serves. It holds one place per engine
-generation until it is released, whatever way it ended; ending is synchronous, so that it also
-works while its task is being cancelled.
+The engine has so many places; one generation takes one. Who finds none free waits in line, each
+tenant in a line of its own, and places that become free go round the tenants in turn. So a tenant
+who sends a thousand requests waits for his own, and another's first request waits for at most one
+of his. Who must not wait is told so at once: 429 when it is the tenant's own limit, 503 when it
+is the appliance's.
+
+An exchange holds its places until it is released, whatever way it ended; ending is synchronous, so
+that it also works while its task is being cancelled.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import trio
 
-from appliance.errors import ApplianceError, NotServing, Overloaded
+from appliance.config import Limits
+from appliance.errors import ApplianceError, InvalidRequest, NotServing, Overloaded, RateLimited
+from appliance.serving.auth import Tenant
 from appliance.serving.lifecycle import Lifecycle, State
 
 RETRY_AFTER_S = 1
 """Places free up at the pace of generations, so soon."""
+
+MAX_TENANTS_REMEMBERED = 10_000
+"""Tenants come from the configuration, so this is never reached; nothing grows without a bound."""
 
 
 class Exchange:
     """One admitted request, from admission to release.
 
     Attributes:
+        places: how many it holds.
         interrupted: the error it was ended with from outside, if it was.
     """
 
-    def __init__(self, places: int, release: Callable[[Exchange], None]) -> None:
+    def __init__(self, tenant: Tenant, places: int, release: Callable[[Exchange], None]) -> None:
+        self.tenant = tenant
         self.places = places
         self.interrupted: ApplianceError | None = None
         self._release = release
@@ -35,8 +50,13 @@ class Exchange:
         self._released = False
 
     def on_close(self, closer: Callable[[], None]) -> None:
-        """Have `closer` called when the exchange is interrupted or released; it may be both."""
+        """Have `closer` called when the exchange is interrupted or released; it may be both.
+
+        At once, where that has happened already: what is opened late must not stay open.
+        """
         self._closers.append(closer)
+        if self.interrupted is not None or self._released:
+            closer()
 
     def on_abandon(self, abandon: Callable[[], None]) -> None:
         """Have `abandon` called if the exchange is released before it is complete."""
@@ -67,13 +87,55 @@ class Exchange:
             closer()
 
 
-class Admission:
-    """Admits exchanges up to a number of places; knows all that are running."""
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """Somebody in line. `ready` is set once it has its places, or will never have them."""
 
-    def __init__(self, lifecycle: Lifecycle, *, places: int) -> None:
+    places: int
+    ready: trio.Event = field(default_factory=trio.Event)
+    granted: bool = False
+
+
+@dataclass(slots=True)
+class _Account:
+    """What one tenant uses.
+
+    Attributes:
+        taken: places it holds. line: its waiters, first come first served.
+        allowance: requests it may send right now, refilled with time (a token bucket).
+    """
+
+    taken: int = 0
+    line: deque[_Waiter] = field(default_factory=deque)
+    allowance: float = 0.0
+    refilled_at: float = -math.inf
+
+    @property
+    def wanted(self) -> int:
+        """Places held and waited for."""
+        return self.taken + sum(waiter.places for waiter in self.line)
+
+
+class Admission:
+    """Admits exchanges up to a number of places; knows all that are running.
+
+    Args:
+        clock: monotonic seconds, Trio's unless a test says otherwise.
+    """
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = trio.current_time,
+    ) -> None:
         self._lifecycle = lifecycle
-        self._places = places
+        self._limits = limits
+        self._clock = clock
         self._taken = 0
+        self._accounts: dict[str, _Account] = {}
+        self._turns: deque[str] = deque()  # tenants with a line, next first
         self._running: set[Exchange] = set()
         self._released = trio.Event()
 
@@ -82,36 +144,144 @@ class Admission:
         """Exchanges that are not released yet."""
         return len(self._running)
 
-    def admit(self, *, places: int) -> Exchange:
-        """Take places for one exchange; the caller releases it.
+    @property
+    def waiting(self) -> int:
+        """Requests in line."""
+        return sum(len(account.line) for account in self._accounts.values())
+
+    async def admit(self, tenant: Tenant, *, places: int) -> Exchange:
+        """Take places for one exchange, waiting in line for them; the caller releases it.
+
+        Cancellation gives up the place in line, and places that were just granted.
 
         Raises:
+            InvalidRequest: there will never be so many places.
             NotServing: the appliance is not, or no longer, serving.
-            Overloaded: not enough places are free.
+            RateLimited: the tenant's own rate or number of generations is used up.
+            Overloaded: the line is full, or no place came free in time.
         """
-        if self._lifecycle.state is not State.SERVING:
-            raise NotServing(
-                f"the appliance is {self._lifecycle.state.value}", retry_after_s=RETRY_AFTER_S
-            )
-        if self._taken + places > self._places:
-            raise Overloaded("every place at the engine is taken", retry_after_s=RETRY_AFTER_S)
-        self._taken += places
-        exchange = Exchange(places, self._forget)
+        self._refuse_unless_serving()
+        if places > self._limits.max_concurrent:
+            raise InvalidRequest("n: more choices than this appliance can make at once", param="n")
+        account = self._account(tenant)
+        self._check_tenant(tenant, account, places)
+        if self._taken + places <= self._limits.max_concurrent and not self._turns:
+            self._take(account, places)
+        else:
+            await self._wait_in_line(tenant, account, places)
+        exchange = Exchange(tenant, places, self._forget)
         self._running.add(exchange)
         return exchange
 
     def interrupt_all(self, error: ApplianceError) -> None:
-        """End every running exchange from outside, with this reason."""
+        """End every running exchange from outside, with this reason, and empty the line."""
         for exchange in tuple(self._running):
             exchange.interrupt(error)
+        for account in self._accounts.values():
+            for waiter in account.line:
+                waiter.ready.set()
+            account.line.clear()
+        self._turns.clear()
 
     async def wait_idle(self) -> None:
         """Wait until no exchange is running."""
         while self._running:
             await self._released.wait()
 
+    async def _wait_in_line(self, tenant: Tenant, account: _Account, places: int) -> None:
+        if self.waiting >= self._limits.max_waiting:
+            raise Overloaded("every place at the engine is taken", retry_after_s=RETRY_AFTER_S)
+        waiter = _Waiter(places)
+        account.line.append(waiter)
+        if tenant.id not in self._turns:
+            self._turns.append(tenant.id)
+        try:
+            with trio.move_on_after(self._limits.max_wait_s):
+                await waiter.ready.wait()
+        except trio.Cancelled:
+            self._leave_line(tenant, account, waiter)
+            raise
+        if not waiter.granted:
+            self._leave_line(tenant, account, waiter)
+            self._refuse_unless_serving()
+            raise Overloaded(
+                f"no place at the engine came free within {self._limits.max_wait_s:g} s",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+    def _leave_line(self, tenant: Tenant, account: _Account, waiter: _Waiter) -> None:
+        """Undo a wait: the place in line, or the places that were granted meanwhile."""
+        if waiter.granted:
+            self._give_back(account, waiter.places)
+        elif waiter in account.line:
+            account.line.remove(waiter)
+            if not account.line:
+                self._turns.remove(tenant.id)
+            self._dispatch()  # it may have been the one that the others waited behind
+
+    def _dispatch(self) -> None:
+        """Hand out free places, one waiter per tenant and turn.
+
+        The next in turn is waited for even if a smaller request behind it would fit: else a
+        request for many places would never get them.
+        """
+        while self._turns:
+            tenant_id = self._turns[0]
+            account = self._accounts[tenant_id]
+            waiter = account.line[0]
+            if self._taken + waiter.places > self._limits.max_concurrent:
+                return
+            account.line.popleft()
+            self._turns.popleft()
+            if account.line:
+                self._turns.append(tenant_id)
+            self._take(account, waiter.places)
+            waiter.granted = True
+            waiter.ready.set()
+
+    def _check_tenant(self, tenant: Tenant, account: _Account, places: int) -> None:
+        limit = tenant.max_concurrent
+        if limit is not None and account.wanted + places > limit:
+            raise RateLimited(
+                f"this API key may have {limit} generations at once", retry_after_s=RETRY_AFTER_S
+            )
+        rate = tenant.requests_per_minute
+        if rate is None:
+            return
+        now = self._clock()
+        elapsed = now - account.refilled_at
+        account.refilled_at = now
+        # A minute's worth may come at once; then one every 60/rate seconds.
+        account.allowance = min(float(rate), account.allowance + elapsed * rate / 60)
+        if account.allowance < 1:
+            wait_s = math.ceil((1 - account.allowance) * 60 / rate)
+            raise RateLimited(
+                f"this API key may send {rate} requests a minute", retry_after_s=wait_s
+            )
+        account.allowance -= 1
+
+    def _refuse_unless_serving(self) -> None:
+        if self._lifecycle.state is not State.SERVING:
+            raise NotServing(
+                f"the appliance is {self._lifecycle.state.value}", retry_after_s=RETRY_AFTER_S
+            )
+
+    def _account(self, tenant: Tenant) -> _Account:
+        if tenant.id not in self._accounts and len(self._accounts) >= MAX_TENANTS_REMEMBERED:
+            raise Overloaded("too many tenants", retry_after_s=RETRY_AFTER_S)
+        return self._accounts.setdefault(tenant.id, _Account())
+
+    def _take(self, account: _Account, places: int) -> None:
+        account.taken += places
+        self._taken += places
+
+    def _give_back(self, account: _Account, places: int) -> None:
+        account.taken -= places
+        self._taken -= places
+        self._dispatch()
+
     def _forget(self, exchange: Exchange) -> None:
         self._running.discard(exchange)
-        self._taken -= exchange.places
+        self._give_back(self._accounts[exchange.tenant.id], exchange.places)
         released, self._released = self._released, trio.Event()
         released.set()

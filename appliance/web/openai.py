@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import trio
@@ -23,6 +23,7 @@ from appliance.errors import (
 )
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
+from appliance.serving.auth import Authenticator, Tenant, cache_salt
 from appliance.serving.relay import collect_answer, event_source, forward
 from appliance.serving.tokenizing import ModelTokenizer
 from appliance.web.stream import EventStreamBody
@@ -55,6 +56,7 @@ class InferenceServices:
 
     Attributes:
         engine: where the engine answers.
+        cache_secret: of this boot, for the salts that keep tenants' prefixes apart.
         random: so many random bytes.
         created: Unix seconds told as the model's creation: when this appliance booted.
         tokenizer: None when the model has no usable tokenizer file.
@@ -65,6 +67,8 @@ class InferenceServices:
     engine: EngineAddress
     aborts: Aborts
     tokenizer: ModelTokenizer | None
+    authenticator: Authenticator
+    cache_secret: bytes = field(repr=False)
     random: Callable[[int], bytes]
     created: int
 
@@ -91,9 +95,11 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
         return await infer(Endpoint.COMPLETION, services)
 
     async def models() -> Response:
+        _tenant(services)
         return _json({"object": "list", "data": [_model_object(services)]})
 
     async def model(model_id: str) -> Response:
+        _tenant(services)
         _check_model(model_id, services)
         return _json(_model_object(services))
 
@@ -118,7 +124,9 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
 async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     """One inference request, from its bytes to the beginning of its answer."""
     limits = services.config.limits
-    # 1. Read and understand; the raw bytes are what a receipt will name.
+    # 1. Authenticate, from the headers: nobody else's body is worth reading.
+    tenant = _tenant(services)
+    # 2. Read and understand; the raw bytes are what a receipt will name.
     raw = await _read_body()
     body = parse_json_object(raw, max_nesting=limits.max_nesting)
     wanted = parse_request(endpoint, body, extra_keys=services.config.engine.extra_request_keys)
@@ -129,14 +137,15 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
         wanted,
         response_id=response_id,
         seed=int.from_bytes(services.random(7), "big") & MAX_SAFE_INTEGER,
+        cache_salt=cache_salt(services.cache_secret, tenant),
         max_choices=limits.max_choices,
     )
-    # 2. Admit. From here on the request's end, whatever it is, releases the exchange.
-    exchange = services.admission.admit(places=len(plans))
+    # 3. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
+    exchange = await services.admission.admit(tenant, places=len(plans))
     cleanup: ExitStack = request.scope[CLEANUP]  # type: ignore[literal-required]
     cleanup.callback(exchange.release)
-    # 3. Evidence for this request is gathered and appraised here, before anything is forwarded.
-    # 4. Forward and relay.
+    # 4. Evidence for this request is gathered and appraised here, before anything is forwarded.
+    # 5. Forward and relay.
     answer = _stream if wanted.stream else _complete
     try:
         return await answer(services, wanted, plans, exchange, response_id)
@@ -192,6 +201,7 @@ async def _stream(
 
 async def encode_tokens(services: InferenceServices) -> Response:
     """`/v1/tokenize`: token ids of a text or of several."""
+    _tenant(services)
     tokenizer = _tokenizer(services)
     wanted = convert(await _read_object(services), TokenizeRequest)
     _check_model(wanted.model, services)
@@ -211,6 +221,7 @@ async def encode_tokens(services: InferenceServices) -> Response:
 
 async def decode_tokens(services: InferenceServices) -> Response:
     """`/v1/detokenize`: the text of token ids, or of several lists of them."""
+    _tenant(services)
     tokenizer = _tokenizer(services)
     wanted = convert(await _read_object(services), DetokenizeRequest)
     _check_model(wanted.model, services)
@@ -237,6 +248,10 @@ async def _read_body() -> bytes:
 
 async def _read_object(services: InferenceServices) -> JsonObject:
     return parse_json_object(await _read_body(), max_nesting=services.config.limits.max_nesting)
+
+
+def _tenant(services: InferenceServices) -> Tenant:
+    return services.authenticator.authenticate(request.headers.get("Authorization"))
 
 
 def _check_model(name: str, services: InferenceServices) -> None:

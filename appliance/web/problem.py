@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quart import Response
 
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, Unauthorized
 from appliance.wire.answers import error_object
 from appliance.wire.canonical import JsonObject, canonical_json
 
@@ -23,4 +23,6 @@ def problem(error: ApplianceError) -> Response:
     )
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 section 11.6.1
     return response

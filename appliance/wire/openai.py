@@ -208,6 +208,9 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tee: bool | None = None
     provider: AnyJson = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(…)"  # the prompt is in it
+
 
 class ChatRequest(Sampling, frozen=True, forbid_unknown_fields=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=16_384)]
@@ -272,7 +275,7 @@ class ChoicePlan:
 
     index: int
     prompt_index: int
-    set: Mapping[str, JsonValue]
+    set: Mapping[str, JsonValue] = field(repr=False)  # may hold a prompt
     unset: tuple[str, ...]
 
 
@@ -285,7 +288,7 @@ class InferenceRequest:
     stream: bool
     include_usage: bool
     choices_per_prompt: int
-    prompts: tuple[JsonValue, ...]
+    prompts: tuple[JsonValue, ...] = field(repr=False)
     seed: int | None
     body: JsonObject = field(repr=False)
 
@@ -331,7 +334,7 @@ def parse_request(
 
 
 def plan_choices(
-    request: InferenceRequest, *, response_id: str, seed: int, max_choices: int
+    request: InferenceRequest, *, response_id: str, seed: int, cache_salt: str, max_choices: int
 ) -> tuple[ChoicePlan, ...]:
     """Decide the engine requests: one, or one per choice where there are several.
 
@@ -342,6 +345,7 @@ def plan_choices(
     Args:
         response_id: the id the client's answer will carry; becomes the engine's request id.
         seed: used when the client sent none; 0 to 2^53-1.
+        cache_salt: keeps the engine from sharing prefixes between tenants.
         max_choices: prompts times `n` beyond which the request is refused.
 
     Raises:
@@ -352,7 +356,7 @@ def plan_choices(
         raise InvalidRequest(f"n: expected at most {max_choices} choices in all", param="n")
     base = seed if request.seed is None else request.seed
     unset = _unset_keys(request.body)
-    common: dict[str, JsonValue] = {}
+    common: dict[str, JsonValue] = {"cache_salt": cache_salt}
     if (options := request.body.get("stream_options")) is not None and request.stream:
         assert isinstance(options, dict)
         common["stream_options"] = {

@@ -9,7 +9,7 @@ decoding, whatever the text inside says.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from appliance.errors import Malformed
 from appliance.wire.canonical import JsonObject, canonical_json
@@ -32,9 +32,9 @@ class Block:
             input. What follows it in the stream means nothing (SGLang ends it with [DONE]).
     """
 
-    data: bytes
+    data: bytes = field(repr=False)
     done: bool
-    error: bytes | None = None
+    error: bytes | None = field(default=None, repr=False)
 
 
 class BlockReader:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -54,9 +55,10 @@ def development_config(*, engine: str, port: int) -> str:
     else:
         settings["python"] = str(ENGINE_PYTHON)
         settings["python_path"] = [] if gpu else [str(ENGINE_CPU_PATH)]
-    sections = {
+    sections: dict[str, Mapping[str, object]] = {
         "listen": listen,
         "tls": tls,
+        "auth": {"mode": "loopback"},
         "limits": {"drain_s": 10.0},
         "engine": settings,
         "model": model,
@@ -73,7 +75,7 @@ def write_config(folder: Path, *, engine: str, port: int) -> Path:
     return path
 
 
-def _section(name: str, values: dict[str, object] | dict[str, str]) -> str:
+def _section(name: str, values: Mapping[str, object]) -> str:
     # JSON's strings, numbers, booleans and flat lists are TOML's.
     lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items()]
     return f"[{name}]\n" + "\n".join(lines) + "\n"

@@ -130,15 +130,25 @@ def config_text(folder: Path, modes: tuple[str, ...] = (), sections: Sections | 
             "stop_grace_s": 3.0,
             "ready_deadline_s": 30.0,
         },
+        "auth": {"mode": "loopback"},
         "limits": {"drain_s": 2.0},
         "log": {"format": "json", "level": "debug"},
     }
     for name, values in (sections or {}).items():
         merged.setdefault(name, {}).update(values)
     return "\n".join(
-        f"[{name}]\n" + "\n".join(f"{json.dumps(k)} = {json.dumps(v)}" for k, v in values.items())
+        f"[{name}]\n" + "\n".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in values.items())
         for name, values in merged.items()
     )
+
+
+def _toml(value: object) -> str:
+    """A TOML value; JSON's own but for objects, which are inline tables."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)
 
 
 async def start_appliance(

@@ -477,12 +477,14 @@ async def test_an_engine_that_falls_silent_is_given_up_after_a_while(
 async def test_places_are_bounded_and_a_fan_out_takes_several(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
-    appliance = await start_appliance(nursery, tmp_path, sections={"limits": {"max_concurrent": 2}})
+    appliance = await start_appliance(
+        nursery, tmp_path, sections={"limits": {"max_concurrent": 2, "max_wait_s": 0.3}}
+    )
     async with RawConnection.open(appliance) as first:
         await first.post(CHAT, chat_body("[[mode:slow:50]] Go", stream=True, ignore_eos=True))
         await first.read_some(1)
         refused = await appliance.chat(n=2, temperature=1)
-        assert refused.status_code == 429
+        assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
         assert (await appliance.chat()).status_code == 200
     with trio.fail_after(5):
