@@ -214,4 +214,7 @@ def _environment(engine: Engine, *, runtime: Path, init_file: Path, threads: int
         # By default OpenMP's threads spin at every barrier, also while the one they wait for is
         # not running: beside one other busy process that made each product seven times slower.
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        # SGLang's seeded sampler is under torch.compile: the first sampled request would wait for a
+        # C compiler (5 to 25 s measured), and there is none in an image.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
     return environment

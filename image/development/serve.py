@@ -42,10 +42,11 @@ def development_config(*, engine: str, port: int) -> str:
     settings: dict[str, object] = {
         "runtime_dir": "engine",
         "device": "cuda" if gpu else "cpu",
-        # On a CPU 32-bit floats: fast enough at this size, and the same for every batch.
+        # On a CPU 32-bit floats: fast enough at this size.
         "dtype": "bfloat16" if gpu else "float32",
         "attention_backend": "fa3" if gpu else "torch_native",
         "max_running_requests": 16,
+        "tool_call_parser": "pythonic",
         "max_total_tokens": 32768,
         "ready_deadline_s": 900.0,
         "stop_grace_s": 20.0,

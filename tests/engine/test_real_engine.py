@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -295,41 +295,37 @@ def test_a_client_that_goes_away_aborts_the_generation(
     real: RealAppliance, *, stream: bool
 ) -> None:
     before = real.engine_counter("sglang:num_aborted_requests_total")
-    body = {
-        "model": MODEL_ID,
-        "messages": STORY,
-        "stream": stream,
-        "max_tokens": 2000,
-        "ignore_eos": True,
-    }
-    gone = 0.0
-
-    def hang_up_when_running(client: httpx2.Client) -> None:
-        nonlocal gone
+    body = json.dumps(
+        {
+            "model": MODEL_ID,
+            "messages": STORY,
+            "stream": stream,
+            "max_tokens": 2000,
+            "ignore_eos": True,
+        }
+    ).encode()
+    port = int(real.url.rpartition(":")[2])
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=60) as tcp,
+        real.trust.wrap_socket(tcp, server_hostname="127.0.0.1") as connection,
+    ):
+        connection.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        if stream:
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         while real.engine_counter("sglang:num_running_reqs") < 1:
             time.sleep(0.05)
-        gone = time.monotonic()
-        client.close()
-
-    with real.client() as client:
-        if stream:
-            with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                next(response.iter_raw())
-                gone = time.monotonic()
-        else:
-            thread = threading.Thread(target=hang_up_when_running, args=[client])
-            thread.start()
-            with pytest.raises((httpx2.HTTPError, RuntimeError, OSError)):
-                client.post("/v1/chat/completions", json=body, timeout=8)
-            thread.join()
+    gone = time.monotonic()
     while real.engine_counter("sglang:num_aborted_requests_total") <= before:
         assert time.monotonic() - gone < 10
         time.sleep(0.01)
     took = time.monotonic() - gone
     print(f"aborted {took * 1000:.0f} ms after the client went away")
-    # The target is 100 ms; scraping the engine's metrics takes part of it, and on two cores the
-    # generation itself competes. What is checked is that we abort, and do not wait for SGLang to
-    # notice (2 s in a stream, 4 s otherwise).
+    # The target is 100 ms (measured on an idle machine: docs/development.md). Scraping the
+    # engine's metrics takes part of that and the engine's event loop is shared with the
+    # generation, so the bound here only tells our abort from SGLang's own: 2 s, or 4 s.
     assert took < 1.0
 
 
