@@ -52,6 +52,11 @@ cover: setup
     {{python}} -m coverage combine -q
     {{python}} -m coverage report
 
+# Write the reference pages that come from the source
+[group('maintain')]
+docs:
+    {{python}} docs/generate.py
+
 # Documentation: links, help texts and the commands the README names
 [group('check')]
 docs-check:

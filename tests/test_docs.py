@@ -11,6 +11,7 @@ import pytest
 
 from appliance import errors
 from appliance.cli import _parser
+from appliance.config import load_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -28,9 +29,13 @@ def test_every_relative_link_leads_to_a_file(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_a_document_names_is_in_the_justfile(document: Path) -> None:
-    recipes = set(re.findall(r"^([a-z][a-z-]*)(?: [^:=]*)?:(?!=)", (ROOT / "Justfile").read_text(), re.M))
+    recipes = set(
+        re.findall(
+            r"^([a-z][a-z-]*)(?: [^:=]*)?:(?!=)", (ROOT / "Justfile").read_text(), re.MULTILINE
+        )
+    )
     named = set(re.findall(r"`just ([a-z][a-z-]*)", document.read_text()))
-    named |= set(re.findall(r"^just ([a-z][a-z-]*)", document.read_text(), re.M))
+    named |= set(re.findall(r"^just ([a-z][a-z-]*)", document.read_text(), re.MULTILINE))
     assert named <= recipes
 
 
@@ -51,15 +56,33 @@ def test_help_names_every_exit_status_that_can_happen() -> None:
     }
     help_text = subprocess.run(
         [sys.executable, "-m", "appliance", "serve", "--help"],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     for status in statuses:
         assert f"{status} " in help_text
 
 
+def test_the_reference_pages_are_what_the_source_says() -> None:
+    checked = subprocess.run(
+        [sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(
+    "sample", sorted((ROOT / "image" / "config").glob("*.toml")), ids=lambda p: p.name
+)
+def test_every_sample_configuration_is_valid(sample: Path) -> None:
+    load_config(sample)
+
+
 def test_every_command_of_the_help_is_in_the_readme_or_the_changelog() -> None:
     parser = _parser()
-    [commands] = [action for action in parser._actions if hasattr(action, "choices") and action.choices]
+    [commands] = [
+        action for action in parser._actions if hasattr(action, "choices") and action.choices
+    ]
     text = (ROOT / "README.md").read_text() + (ROOT / "CHANGELOG.md").read_text()
     assert commands.choices
     for command in commands.choices:

@@ -121,7 +121,7 @@ class ResponseReader:
         buffer, position, size = self._buffer, 0, len(self._buffer)
         parts: list[bytes] = []
         ended = False
-        while not ended:
+        while True:
             if self._in_trailer:
                 position, ended = self._skip_trailer(position)
                 break

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, assert_never
 
 import msgspec
 from msgspec import Meta, Struct
@@ -509,6 +509,8 @@ def _media_url(part: ContentPart) -> str | None:
             ImagePart(image_url=source) | VideoPart(video_url=source) | AudioPart(audio_url=source)
         ):
             return source.url
+        case _:
+            assert_never(part)
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[JsonValue, ...]:

@@ -72,7 +72,7 @@ async def test_without_a_known_key_nothing_is_answered(
     nursery: trio.Nursery, tmp_path: Path, header: str | None
 ) -> None:
     appliance = await with_keys(nursery, tmp_path)
-    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    headers = {} if header is None else {b"Authorization": header.encode("latin-1")}
     async with appliance.client() as client:
         for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("POST", "/v1/tokenize")):
             response = await client.request(method, path, headers=headers, content=b"{}")

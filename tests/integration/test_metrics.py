@@ -1,0 +1,95 @@
+"""What Prometheus sees: outcomes and durations, on a listener of its own, without content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx2
+import pytest
+import trio
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.integration.appliance import RawConnection, RunningAppliance, start_appliance
+from tests.integration.test_life import CHAT, slow_chat
+
+
+@pytest.fixture
+async def measured(nursery: trio.Nursery, tmp_path: Path) -> RunningAppliance:
+    return await start_appliance(nursery, tmp_path, sections={"listen": {"metrics_port": 0}})
+
+
+def metrics_url(appliance: RunningAppliance) -> str:
+    line = next(line for line in appliance.log_lines if line["event"] == "metrics")
+    return str(line["url"])
+
+
+async def scrape(
+    appliance: RunningAppliance,
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    async with httpx2.AsyncClient(timeout=10) as client:
+        response = await client.get(metrics_url(appliance))
+    assert response.status_code == 200
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+def requests(outcome: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return ("dcv_requests_total", (("endpoint", CHAT), ("outcome", outcome)))
+
+
+async def test_every_ending_is_counted_once_under_its_own_name(measured: RunningAppliance) -> None:
+    await measured.chat()
+    await measured.chat(stream=True)
+    await measured.chat(temperature="hot")
+    await measured.chat("[[mode:http_500]] Go")
+    async with RawConnection.open(measured) as broken:
+        await broken.post(CHAT, slow_chat(tokens=3).replace(b"mode:slow:20", b"mode:error_event:2"))
+        await broken.read_response()
+    async with RawConnection.open(measured) as leaving:
+        await leaving.post(CHAT, slow_chat())
+        await leaving.read_some(1)
+    with trio.fail_after(5):
+        while requests("client_disconnected") not in await scrape(measured):
+            await trio.sleep(0.02)
+    seen = await scrape(measured)
+    assert seen[requests("complete")] == 2
+    assert seen[requests("invalid_request")] == 1
+    assert seen[requests("engine_failed")] == 2
+    assert seen[requests("client_disconnected")] == 1
+    chat = (("endpoint", CHAT),)
+    assert seen["dcv_request_duration_seconds_count", chat] == 6
+    assert seen["dcv_time_to_first_token_seconds_count", chat] == 3
+    assert seen["dcv_exchanges_running", ()] == 0
+    assert seen["dcv_state", (("state", "serving"),)] == 1
+    assert seen["dcv_state", (("state", "booting"),)] == 0
+
+
+async def test_the_public_port_has_no_metrics_and_the_private_one_nothing_else(
+    measured: RunningAppliance,
+) -> None:
+    async with measured.client() as client:
+        assert (await client.get("/metrics")).status_code == 404
+    base = metrics_url(measured).removesuffix("/metrics")
+    async with httpx2.AsyncClient(timeout=10) as client:
+        for method, path in (("GET", "/"), ("POST", "/metrics"), ("GET", "/v1/models")):
+            assert (await client.request(method, base + path)).status_code == 404
+
+
+async def test_a_broken_scrape_does_not_end_the_listener(measured: RunningAppliance) -> None:
+    port = int(metrics_url(measured).removesuffix("/metrics").rpartition(":")[2])
+    for junk in (b"", b"\x16\x03\x01", b"GET /metrics HTTP/9.9\r\n\r\n", b"x" * 100_000):
+        stream = await trio.open_tcp_stream("127.0.0.1", port)
+        async with stream:
+            await stream.send_all(junk)
+    assert requests("complete") not in await scrape(measured)
+
+
+async def test_no_prompt_and_no_key_is_in_the_metrics(measured: RunningAppliance) -> None:
+    canary = "metrics-canary-51c3"
+    await measured.chat(canary)
+    async with httpx2.AsyncClient(timeout=10) as client:
+        text = (await client.get(metrics_url(measured))).text
+    assert canary not in text
