@@ -1,7 +1,8 @@
 """The boot, in numbered stages. Nothing listens on the public port before stage 10.
 
     1 configuration   the settings make sense together; the engine's command can be made
-    2 keys            the TLS key is born; its certificate is written for clients
+    2 keys            the TLS key is born; its certificate is written for clients; the authorities
+                      of client certificates are read
     5 model           every weight file is the one the configuration names
     7 engine          started, ready, reachable from loopback only
     10 listener       opened by `run`, which then says READY=1
@@ -16,6 +17,7 @@ names it.
 from __future__ import annotations
 
 import datetime
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +30,15 @@ from appliance.config import MeasuredConfig
 from appliance.engine.command import EngineCommand, EngineKeys, engine_command
 from appliance.engine.process import RunningEngine, available_threads, choose_port
 from appliance.engine.weights import verify_model_files
-from appliance.errors import ApplianceError, BootError, ConfigError, EngineStartFailed
+from appliance.errors import (
+    ApplianceError,
+    BootError,
+    CertificateRefused,
+    ConfigError,
+    EngineStartFailed,
+)
 from appliance.log import Log
+from appliance.serving.certificates import parse_client_authorities, read_certificates
 from appliance.serving.keys import TlsIdentity, create_tls_identity
 from appliance.serving.lifecycle import Lifecycle
 from appliance.serving.tokenizing import ModelTokenizer, load_tokenizer
@@ -50,6 +59,7 @@ class Booted:
     """What the stages before the listener made."""
 
     tls: TlsIdentity
+    tls_context: ssl.SSLContext
     engine: RunningEngine
     tokenizer: ModelTokenizer | None
 
@@ -61,6 +71,7 @@ async def boot(
     config: MeasuredConfig,
     *,
     start_engine: StartEngine,
+    publish_tls: Callable[[TlsIdentity], None],
     lifecycle: Lifecycle,
     log: Log,
     now: Callable[[], datetime.datetime],
@@ -71,6 +82,8 @@ async def boot(
     Args:
         start_engine: starts supervision in a nursery of the caller's and returns once the engine
             is ready; the caller ends it.
+        publish_tls: told the TLS key as soon as it is born, so that an operator can have a
+            certificate made while the model loads.
         now: timezone-aware wall clock. random: so many random bytes.
 
     Raises:
@@ -88,7 +101,8 @@ async def boot(
     keys = EngineKeys(api=random(KEY_BYTES).hex(), admin=random(KEY_BYTES).hex())
     command = await stage(1, "configuration", QUICK_S, partial(_command, config, keys))
     # 2. Keys, one role each.
-    tls = await stage(2, "keys", QUICK_S, partial(_tls, config, now))
+    tls, tls_context = await stage(2, "keys", QUICK_S, partial(_tls, config, now))
+    publish_tls(tls)
     # 5. Weights. In the image dm-verity vouches for the volume; here every file is hashed.
     tokenizer = await stage(
         5, "model", config.engine.ready_deadline_s, partial(_model, config, lifecycle)
@@ -100,7 +114,7 @@ async def boot(
         config.engine.ready_deadline_s + SLACK_S,
         partial(start_engine, command, keys),
     )
-    return Booted(tls=tls, engine=engine, tokenizer=tokenizer)
+    return Booted(tls=tls, tls_context=tls_context, engine=engine, tokenizer=tokenizer)
 
 
 async def run_stage(
@@ -141,14 +155,24 @@ async def _command(config: MeasuredConfig, keys: EngineKeys) -> EngineCommand:
     )
 
 
-async def _tls(config: MeasuredConfig, now: Callable[[], datetime.datetime]) -> TlsIdentity:
+async def _tls(
+    config: MeasuredConfig, now: Callable[[], datetime.datetime]
+) -> tuple[TlsIdentity, ssl.SSLContext]:
     try:
         identity = create_tls_identity(config.tls.names, now=now())
     except ValueError as error:
         raise ConfigError(f"[tls] names: {error}") from error
     if config.tls.certificate_file:
         write_public_file(Path(config.tls.certificate_file), identity.certificate)
-    return identity
+    if not config.tls.client_ca_file:
+        return identity, identity.server_context()
+    try:
+        authorities = parse_client_authorities(read_certificates(Path(config.tls.client_ca_file)))
+        return identity, identity.server_context(client_cas=authorities)
+    except CertificateRefused as error:
+        raise ConfigError(f"[tls] client_ca_file: {error.message}") from error
+    except ssl.SSLError as error:
+        raise ConfigError(f"[tls] client_ca_file: OpenSSL says {error.reason}") from error
 
 
 async def _model(config: MeasuredConfig, lifecycle: Lifecycle) -> ModelTokenizer | None:

@@ -75,17 +75,28 @@ def new_key_command(arguments: argparse.Namespace) -> int:
 
 def status_command(arguments: argparse.Namespace) -> int:
     """`dcv status`: 0 serving, 1 not serving, 2 nobody answers."""
-    try:
-        document = _read_status(arguments.socket)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "what answers is no appliance"
-        print(f"dcv: no appliance at {arguments.socket}: {reason}", file=sys.stderr)
+    document = _ask_status(arguments.socket)
+    if document is None:
         return 2
     if arguments.json:
         print(json.dumps(document, indent=2))
     else:
         _print_status(document)
     return 0 if document.get("status") == "serving" else 1
+
+
+def csr_command(arguments: argparse.Namespace) -> int:
+    """`dcv csr`: 0 printed, 1 there is no key yet, 2 nobody answers."""
+    document = _ask_status(arguments.socket)
+    if document is None:
+        return 2
+    match document.get("tls"):
+        case {"csr": str(csr)}:
+            print(csr, end="")
+            return 0
+        case _:
+            print("dcv: the appliance has no TLS key yet: it has just started", file=sys.stderr)
+            return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,12 +136,36 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask the appliance on its local socket.",
         epilog="Exit status: 0 serving, 1 not serving, 2 no answer.",
     )
-    status.add_argument(
-        "--socket", default=DEFAULT_STATUS_SOCKET, metavar="PATH", help="default: %(default)s"
-    )
+    _add_socket(status)
     status.add_argument("--json", action="store_true", help="the document as it is")
     status.set_defaults(command=status_command)
+
+    csr = commands.add_parser(
+        "csr",
+        help="the certificate request for a running appliance's TLS key",
+        description="Ask the appliance on its local socket and print the request as PEM. The key "
+        "lives one boot. From elsewhere: GET /.well-known/dcv/csr.",
+        epilog="Exit status: 0 printed, 1 no key yet, 2 no answer.",
+    )
+    _add_socket(csr)
+    csr.set_defaults(command=csr_command)
     return parser
+
+
+def _add_socket(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--socket", default=DEFAULT_STATUS_SOCKET, metavar="PATH", help="default: %(default)s"
+    )
+
+
+def _ask_status(path: str) -> dict[str, object] | None:
+    """The status document; None, and said on standard error, when no appliance answers."""
+    try:
+        return _read_status(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "what answers is no appliance"
+        print(f"dcv: no appliance at {path}: {reason}", file=sys.stderr)
+        return None
 
 
 def _read_status(path: str) -> dict[str, object]:
@@ -154,6 +189,11 @@ def _print_status(document: dict[str, object]) -> None:
 
 
 def _words(value: object) -> str:
+    """On one line; what has several (the CSR) has a command of its own."""
     if isinstance(value, dict):
-        return " ".join(f"{key}={item}" for key, item in value.items() if item not in ("", None))
+        return " ".join(
+            f"{key}={item}"
+            for key, item in value.items()
+            if item not in ("", None) and "\n" not in str(item)
+        )
     return "none" if value is None else str(value)

@@ -110,20 +110,28 @@ class Listen(Struct, frozen=True, forbid_unknown_fields=True):
         host: address to bind; a literal IP address.
         port: TCP port; 0 takes a free one (tests).
         status_socket: Unix socket that `dcv status` reads, mode 0600.
+        metrics_port: TCP port on loopback for `GET /metrics`; null serves none, 0 takes a free one.
     """
 
     host: str = "127.0.0.1"
     port: Port = 8443
     status_socket: str = "status.sock"
+    metrics_port: Port | None = None
 
 
 class Tls(Struct, frozen=True, forbid_unknown_fields=True):
     """`[tls]`: the certificate around the key that is born at boot.
 
     Attributes:
-        names: DNS names and IP addresses of the self-signed certificate.
+        names: DNS names and IP addresses of the self-signed certificate and of `dcv csr`.
         certificate_file: where its PEM is written for clients to trust; not the key, which never
             leaves memory. Empty writes none.
+        chain_file: PEM of your certificate for the appliance's key (`dcv csr`) and what it needs
+            up to its authority, in this order; shown instead of the self-signed certificate as
+            soon as it is there and fits. Empty looks for none.
+        chain_interval_s: how often `chain_file` is looked at.
+        client_ca_file: PEM of certificate authorities; when set, every connection needs a client
+            certificate from one of them, also for `/health`. Read once, at boot.
     """
 
     names: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=32)] = (
@@ -132,6 +140,9 @@ class Tls(Struct, frozen=True, forbid_unknown_fields=True):
         "::1",
     )
     certificate_file: str = ""
+    chain_file: str = ""
+    chain_interval_s: Seconds = 5.0
+    client_ca_file: str = ""
 
 
 class ApiKey(Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,7 +155,7 @@ class ApiKey(Struct, frozen=True, forbid_unknown_fields=True):
         requests_per_minute: sustained rate, a minute's worth may come at once; null for none.
     """
 
-    name: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     sha256: Sha256Hex
     max_concurrent: Count | None = None
     requests_per_minute: Count | None = None
@@ -178,6 +189,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
         max_connections: open TCP connections; one more is closed before its handshake.
         max_connections_per_peer: the same, from one address.
         handshake_s: TLS handshake.
+        header_s: the head of a request, from its first byte; on HTTP/2 the preface too.
         idle_s: a connection without a request in progress.
         body_s: the whole request body.
         write_s: one write to a client that does not read.
@@ -199,6 +211,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     max_connections: Count = 4096
     max_connections_per_peer: Count = 1024
     handshake_s: Seconds = 10.0
+    header_s: Seconds = 15.0
     idle_s: Seconds = 75.0
     body_s: Seconds = 60.0
     write_s: Seconds = 20.0
@@ -393,7 +406,12 @@ def _resolve_paths(config: MeasuredConfig, folder: Path) -> MeasuredConfig:
     return replace(
         config,
         listen=replace(config.listen, status_socket=absolute(config.listen.status_socket)),
-        tls=replace(config.tls, certificate_file=absolute(config.tls.certificate_file)),
+        tls=replace(
+            config.tls,
+            certificate_file=absolute(config.tls.certificate_file),
+            chain_file=absolute(config.tls.chain_file),
+            client_ca_file=absolute(config.tls.client_ca_file),
+        ),
         model=replace(config.model, path=absolute(config.model.path)),
         engine=replace(
             config.engine,

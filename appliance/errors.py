@@ -3,9 +3,11 @@
 Whose fault it is comes first, because that decides what happens next:
 
     ApplianceError                 code, HTTP status, exit status and advice on every leaf
+    ├── InternalError              ours, at any time: a defect
     ├── ConfigError                ours, before boot: the configuration is wrong
     ├── BootError                  a numbered boot stage failed; carries the leaf that says why
     ├── ListenError                the public port cannot be opened
+    ├── CertificateRefused         the operator's certificates are not ones we would use
     ├── ModelError                 the weights on disk are not the ones the configuration names
     ├── Malformed                  bytes that do not parse (`appliance.wire` raises nothing else)
     ├── RequestError               the client's: 4xx, never retried as it stands
@@ -51,10 +53,12 @@ class ApplianceError(Exception):
         http_status: status of the HTTP answer when a request meets this error.
         exit_status: status of the process when this error ends it.
         advice: what the operator does about it, one sentence.
+        client: what the client does about it, one sentence.
     """
 
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "server_error"
+    client: ClassVar[str] = "Try again later; if it lasts, tell the operator."
     http_status: int = 500
     exit_status: int = EX_SOFTWARE
     advice: str = "This is a defect: report it with the log lines around it."
@@ -68,6 +72,10 @@ class ApplianceError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class InternalError(ApplianceError):
+    """A defect of ours; its text would be the defect's own, so there is none."""
+
+
 class ConfigError(ApplianceError):
     code = "config_error"
     exit_status = EX_CONFIG
@@ -78,6 +86,15 @@ class ListenError(ApplianceError):
     code = "listen_failed"
     exit_status = EX_OSERR
     advice = "Free the port, or choose another [listen] host and port."
+
+
+class CertificateRefused(ApplianceError):
+    code = "certificate_refused"
+    exit_status = EX_CONFIG
+    advice = (
+        "Have the request that `dcv csr` prints now signed, and put the certificate and its issuers, "
+        "in this order and nothing else, into [tls] chain_file."
+    )
 
 
 class ModelError(ApplianceError):
@@ -116,6 +133,7 @@ class Malformed(ApplianceError):
     type = "invalid_request_error"
     http_status = 400
     advice = "Nothing to do here: what was received is not what its format says."
+    client = "Change the request: sent again as it stands, it fails again."
 
     def __init__(self, message: str, *, field: str = "$", offset: int | None = None) -> None:
         super().__init__(message, param=None if field == "$" else field.removeprefix("$."))
@@ -127,6 +145,7 @@ class RequestError(ApplianceError):
     type = "invalid_request_error"
     http_status = 400
     advice = "Nothing to do on the appliance: the client must change its request."
+    client = "Change the request: sent again as it stands, it fails again."
 
 
 class Unauthorized(RequestError):
@@ -134,6 +153,7 @@ class Unauthorized(RequestError):
     type = "authentication_error"
     http_status = 401
     advice = "If the client should have access, make it a key with `dcv keys new NAME`."
+    client = "Send a valid API key as `Authorization: Bearer KEY`."
 
 
 class InvalidRequest(RequestError):
@@ -184,6 +204,7 @@ class SessionNotAccepted(RequestError):
 
 class CapacityError(ApplianceError):
     http_status = 503
+    client = "Try again after the seconds in `Retry-After`."
 
 
 class RateLimited(CapacityError):
@@ -205,6 +226,7 @@ class NotServing(CapacityError):
 
 class EngineError(ApplianceError):
     http_status = 503
+    client = "Try again; of a stream that broke off, keep nothing that needs its end."
 
 
 class EngineStartFailed(EngineError):
@@ -254,6 +276,7 @@ class EngineRefused(EngineError):
     code = "engine_refused"
     type = "invalid_request_error"
     advice = "Nothing to do on the appliance: the client must change its request."
+    client = "Change the request: sent again as it stands, it fails again."
 
     def __init__(self, message: str, *, http_status: int) -> None:
         super().__init__(message)

@@ -32,12 +32,17 @@ from appliance.notify import Notifier
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission
 from appliance.serving.auth import Authenticator
+from appliance.serving.certificates import ChainFile
+from appliance.serving.keys import TlsIdentity
 from appliance.serving.lifecycle import Lifecycle, State
+from appliance.serving.metrics import Metrics
 from appliance.web.app import create_app
 from appliance.web.health import HealthSource
+from appliance.web.metrics import serve_metrics
 from appliance.web.openai import InferenceServices
 from appliance.web.server import open_listeners, serve, url_of
 from appliance.web.status import serve_status
+from appliance.wire.canonical import JsonObject
 
 LISTEN_S = 30.0
 CACHE_SECRET_BYTES = 32
@@ -58,14 +63,22 @@ async def run(
     """
     lifecycle = Lifecycle(wall_clock=wall_clock, clock=trio.current_time)
     admission = Admission(lifecycle, config.limits)
+    metrics = Metrics(lifecycle, clock=trio.current_time)
+    metrics.gauge("dcv_exchanges_running", "Admitted exchanges", lambda: admission.running)
+    metrics.gauge("dcv_requests_waiting", "Requests in line for a place", lambda: admission.waiting)
     health = HealthSource(config=config, lifecycle=lifecycle, admission=admission)
-    appliance = _Appliance(config, lifecycle, admission, health, log, wall_clock, random)
+    appliance = _Appliance(config, lifecycle, admission, health, metrics, log, wall_clock, random)
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(_watch_signals, appliance, nursery.cancel_scope)
-            await nursery.start(serve_status, Path(config.listen.status_socket), health.snapshot)
+            await nursery.start(serve_status, Path(config.listen.status_socket), appliance.status)
             nursery.start_soon(_report, lifecycle, notifier, appliance.describe)
             nursery.start_soon(_feed_watchdog, notifier)
+            if config.listen.metrics_port is not None:
+                port = await nursery.start(
+                    serve_metrics, config.listen.metrics_port, metrics.exposition
+                )
+                log.info("metrics", url=f"http://127.0.0.1:{port}/metrics")
             await appliance.live(notifier)
             nursery.cancel_scope.cancel()
     except* ApplianceError as group:
@@ -77,7 +90,7 @@ async def run(
             state=lifecycle.state.value,
             code=lifecycle.error.code,
             error=lifecycle.error.message,
-            advice=_advice(lifecycle.error),
+            advice=lifecycle.error.advice,
         )
     return lifecycle.error
 
@@ -91,6 +104,7 @@ class _Appliance:
         lifecycle: Lifecycle,
         admission: Admission,
         health: HealthSource,
+        metrics: Metrics,
         log: Log,
         wall_clock: Callable[[], float],
         random: Callable[[int], bytes],
@@ -99,11 +113,13 @@ class _Appliance:
         self.lifecycle = lifecycle
         self.admission = admission
         self.health = health
+        self.metrics = metrics
         self.log = log
         self.wall_clock = wall_clock
         self.random = random
         self.booting = trio.CancelScope()
         self.urls: list[str] = []
+        self.tls: TlsIdentity | None = None
 
     async def live(self, notifier: Notifier) -> None:
         """Boot, serve, drain, stop the engine."""
@@ -113,6 +129,7 @@ class _Appliance:
                     booted = await boot(
                         self.config,
                         start_engine=partial(self._start_engine, parts),
+                        publish_tls=self._publish_tls,
                         lifecycle=self.lifecycle,
                         log=self.log,
                         now=self._now,
@@ -135,6 +152,18 @@ class _Appliance:
             self.booting.cancel()
         elif self.lifecycle.state is State.SERVING:
             self.lifecycle.enter(State.DRAINING)
+            self.admission.refuse_waiting()
+
+    def status(self) -> JsonObject:
+        """What the status socket says: the health document and the public parts of the TLS key."""
+        document = self.health.snapshot()
+        document["tls"] = None
+        if self.tls is not None:
+            document["tls"] = {
+                "spki_sha256": self.tls.spki_sha256,
+                "csr": self.tls.csr.decode("ascii"),
+            }
+        return document
 
     def describe(self) -> str:
         """One line for an operator."""
@@ -161,12 +190,13 @@ class _Appliance:
             engine=booted.engine.address,
             aborts=aborts,
             tokenizer=booted.tokenizer,
+            metrics=self.metrics,
             authenticator=Authenticator(self.config.auth),
             cache_secret=self.random(CACHE_SECRET_BYTES),
             random=self.random,
             created=int(self.wall_clock()),
         )
-        app = create_app(services, self.health, log=self.log)
+        app = create_app(services, self.health, csr=booted.tls.csr, log=self.log)
         listeners = await run_stage(
             10,
             "listener",
@@ -178,19 +208,34 @@ class _Appliance:
         self.urls = [url_of(listener) for listener in listeners]
         async with trio.open_nursery() as helpers:
             helpers.start_soon(aborts.run)
+            if self.config.tls.chain_file:
+                await helpers.start(self._watch_chain, booted)
             self.lifecycle.enter(State.SERVING)
             notifier.ready()
             self.log.info("serving", urls=self.urls, model=self.config.model.id)
             await serve(
                 app,
                 listeners,
-                booted.tls.server_context(),
+                booted.tls_context,
                 limits=self.config.limits,
                 lifecycle=self.lifecycle,
                 admission=self.admission,
                 log=self.log,
             )
             helpers.cancel_scope.cancel()
+
+    async def _watch_chain(
+        self, booted: Booted, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """At this boot's start no chain can fit, unless it was made while the model loaded."""
+        tls = self.config.tls
+        chain = ChainFile(
+            Path(tls.chain_file), booted.tls, booted.tls_context, now=self._now, log=self.log
+        )
+        await chain.watch(tls.chain_interval_s, task_status=task_status)
+
+    def _publish_tls(self, identity: TlsIdentity) -> None:
+        self.tls = identity
 
     async def _start_engine(
         self, nursery: trio.Nursery, command: EngineCommand, keys: EngineKeys
@@ -219,7 +264,9 @@ class _Appliance:
             if self.lifecycle.state not in (State.SERVING, State.DRAINING):
                 raise
             self.log.error("withdrawn", code=error.code, error=error.message)
+            self.metrics.engine_failures.labels(error.code).inc()
             self.lifecycle.enter(State.WITHDRAWN, error=error)
+            self.admission.refuse_waiting()
 
     def _now(self) -> datetime.datetime:
         return datetime.datetime.fromtimestamp(self.wall_clock(), tz=datetime.UTC)
@@ -262,7 +309,3 @@ def _first(group: BaseExceptionGroup[ApplianceError]) -> ApplianceError:
         error = error.exceptions[0]
     assert isinstance(error, ApplianceError)
     return error
-
-
-def _advice(error: ApplianceError) -> str:
-    return error.cause.advice if isinstance(error, BootError) else error.advice

@@ -58,7 +58,7 @@ def errors_page() -> str:
         f"| `{kind.code}` | {kind.exit_status} | {kind.advice} |"
         for kind in leaves
         if kind.exit_status != errors.EX_SOFTWARE or not _reaches_clients(kind)
-        if kind is not BootError
+        if kind not in (BootError, errors.CertificateRefused)  # neither ends the process itself
     ]
     return (
         "\n\n".join(

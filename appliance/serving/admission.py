@@ -27,9 +27,6 @@ from appliance.serving.lifecycle import Lifecycle, State
 RETRY_AFTER_S = 1
 """Places free up at the pace of generations, so soon."""
 
-MAX_TENANTS_REMEMBERED = 10_000
-"""Tenants come from the configuration, so this is never reached; nothing grows without a bound."""
-
 
 class Exchange:
     """One admitted request, from admission to release.
@@ -161,9 +158,11 @@ class Admission:
             Overloaded: the line is full, or no place came free in time.
         """
         self._refuse_unless_serving()
-        if places > self._limits.max_concurrent:
-            raise InvalidRequest("n: more choices than this appliance can make at once", param="n")
-        account = self._account(tenant)
+        ever = min(self._limits.max_concurrent, tenant.max_concurrent or places)
+        if places > ever:
+            raise InvalidRequest(f"n: expected at most {ever} choices at once", param="n")
+        # One account per tenant: they come from the configuration, so this does not grow.
+        account = self._accounts.setdefault(tenant.id, _Account())
         self._check_tenant(tenant, account, places)
         if self._taken + places <= self._limits.max_concurrent and not self._turns:
             self._take(account, places)
@@ -174,9 +173,12 @@ class Admission:
         return exchange
 
     def interrupt_all(self, error: ApplianceError) -> None:
-        """End every running exchange from outside, with this reason, and empty the line."""
+        """End every running exchange from outside, with this reason."""
         for exchange in tuple(self._running):
             exchange.interrupt(error)
+
+    def refuse_waiting(self) -> None:
+        """Empty the line: everybody in it is told now what the appliance's new state is."""
         for account in self._accounts.values():
             for waiter in account.line:
                 waiter.ready.set()
@@ -184,8 +186,8 @@ class Admission:
         self._turns.clear()
 
     async def wait_idle(self) -> None:
-        """Wait until no exchange is running."""
-        while self._running:
+        """Wait until no exchange is running, nor about to with places it was just granted."""
+        while self._taken:
             await self._released.wait()
 
     async def _wait_in_line(self, tenant: Tenant, account: _Account, places: int) -> None:
@@ -201,7 +203,7 @@ class Admission:
         except trio.Cancelled:
             self._leave_line(tenant, account, waiter)
             raise
-        if not waiter.granted:
+        if self._lifecycle.state is not State.SERVING or not waiter.granted:
             self._leave_line(tenant, account, waiter)
             self._refuse_unless_serving()
             raise Overloaded(
@@ -266,11 +268,6 @@ class Admission:
                 f"the appliance is {self._lifecycle.state.value}", retry_after_s=RETRY_AFTER_S
             )
 
-    def _account(self, tenant: Tenant) -> _Account:
-        if tenant.id not in self._accounts and len(self._accounts) >= MAX_TENANTS_REMEMBERED:
-            raise Overloaded("too many tenants", retry_after_s=RETRY_AFTER_S)
-        return self._accounts.setdefault(tenant.id, _Account())
-
     def _take(self, account: _Account, places: int) -> None:
         account.taken += places
         self._taken += places
@@ -279,9 +276,9 @@ class Admission:
         account.taken -= places
         self._taken -= places
         self._dispatch()
+        released, self._released = self._released, trio.Event()
+        released.set()
 
     def _forget(self, exchange: Exchange) -> None:
         self._running.discard(exchange)
         self._give_back(self._accounts[exchange.tenant.id], exchange.places)
-        released, self._released = self._released, trio.Event()
-        released.set()

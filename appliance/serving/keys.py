@@ -1,12 +1,15 @@
 """Keys born at boot, in memory, one role each. So far: TLS.
 
 The certificate is self-signed: what makes the key trustworthy is evidence that binds it, never a
-name. It names hosts only so that ordinary TLS clients can be told to trust it.
+name. It names hosts only so that ordinary TLS clients can be told to trust it. An operator who
+wants another certificate around the same key gets a request for one (`csr`); what comes back is
+judged in `serving.certificates`, not here.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ipaddress
 import os
 import ssl
@@ -30,18 +33,27 @@ class TlsIdentity:
 
     Attributes:
         certificate: PEM, public.
-        spki_sha256: lowercase hex SHA-256 of the DER SubjectPublicKeyInfo.
+        csr: PEM of a PKCS #10 request (RFC 2986) for the same key and names, public.
+        spki: DER SubjectPublicKeyInfo.
+        spki_sha256: its lowercase hex SHA-256.
     """
 
     certificate: bytes
+    csr: bytes
+    spki: bytes
     spki_sha256: str
     _key: bytes = field(repr=False)
 
-    def server_context(self) -> ssl.SSLContext:
-        """A TLS 1.2+ server context, HTTP/2 and HTTP/1.1 by ALPN.
+    def server_context(self, *, client_cas: bytes | None = None) -> ssl.SSLContext:
+        """A TLS server context, HTTP/2 and HTTP/1.1 by ALPN: TLS 1.3, and 1.2 without client
+        certificates.
 
-        OpenSSL's Python binding only loads keys from files: an anonymous memory file serves, so
-        the key never touches a disk.
+        Args:
+            client_cas: PEM of the authorities one of which must have issued the certificate of
+                every client; None asks for none.
+
+        Raises:
+            ssl.SSLError: OpenSSL does not take `client_cas`.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -49,17 +61,41 @@ class TlsIdentity:
         context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
         context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
         context.set_alpn_protocols(["h2", "http/1.1"])
+        if client_cas is not None:
+            # TLS 1.2 shows the client's certificate to the network. A resumed session would not
+            # be asked for it again, and so outlive it.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.num_tickets = 0
+            context.load_verify_locations(cadata=client_cas.decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
+        self.install(context, self.certificate)
+        return context
+
+    def install(self, context: ssl.SSLContext, chain: bytes) -> None:
+        """Make `context` show `chain` in handshakes that begin from now on.
+
+        A handshake takes its copy of the certificate when its connection object is made, so what
+        is open or under way stays as it is. Call it in the thread that makes those objects.
+
+        OpenSSL's Python binding only loads keys from files: an anonymous memory file serves, so
+        the key never touches a disk.
+
+        Args:
+            chain: PEM, a certificate for this key first.
+
+        Raises:
+            ssl.SSLError: OpenSSL does not take it; the context may hold half of it.
+        """
         descriptor = os.memfd_create("dcv-tls", os.MFD_CLOEXEC)
         try:
-            os.write(descriptor, self._key + self.certificate)
+            os.write(descriptor, self._key + chain)
             context.load_cert_chain(f"/proc/self/fd/{descriptor}")
         finally:
             os.close(descriptor)
-        return context
 
 
 def create_tls_identity(names: Iterable[str], *, now: datetime.datetime) -> TlsIdentity:
-    """A new P-256 key and a self-signed certificate for `names`.
+    """A new P-256 key, a self-signed certificate and a certificate request for `names`.
 
     Args:
         names: DNS names and IP addresses, at least one.
@@ -68,6 +104,7 @@ def create_tls_identity(names: Iterable[str], *, now: datetime.datetime) -> TlsI
     names = list(names)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    alternatives = x509.SubjectAlternativeName(map(_general_name, names))
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -76,20 +113,26 @@ def create_tls_identity(names: Iterable[str], *, now: datetime.datetime) -> TlsI
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - CLOCK_SKEW)
         .not_valid_after(now + LIFETIME)
-        .add_extension(x509.SubjectAlternativeName(map(_general_name, names)), critical=False)
+        .add_extension(alternatives, critical=False)
         # CA false: trusting this certificate must not mean trusting what its key could issue.
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(key, hashes.SHA256())
     )
+    csr = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(subject)
+        .add_extension(alternatives, critical=False)
+        .sign(key, hashes.SHA256())
+    )
     spki = key.public_key().public_bytes(
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(spki)
     return TlsIdentity(
         certificate=certificate.public_bytes(serialization.Encoding.PEM),
-        spki_sha256=digest.finalize().hex(),
+        csr=csr.public_bytes(serialization.Encoding.PEM),
+        spki=spki,
+        spki_sha256=hashlib.sha256(spki).hexdigest(),
         _key=key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,

@@ -14,6 +14,7 @@ from appliance.errors import (
     ApplianceError,
     BodyTooLarge,
     BodyTooSlow,
+    InternalError,
     InvalidRequest,
     MethodNotAllowed,
     RouteNotFound,
@@ -21,7 +22,9 @@ from appliance.errors import (
 from appliance.log import Log
 from appliance.web.health import HealthSource, add_health_routes
 from appliance.web.openai import CLEANUP, InferenceServices, add_inference_routes
+from appliance.web.openapi import add_openapi_route
 from appliance.web.problem import problem
+from appliance.web.well_known import add_well_known_routes
 
 
 class RequestConnection(TrioASGIHTTPConnection):
@@ -44,8 +47,14 @@ class GatewayApp(QuartTrio):
     asgi_http_class = RequestConnection
 
 
-def create_app(services: InferenceServices, health: HealthSource, *, log: Log) -> GatewayApp:
-    """The application with every route."""
+def create_app(
+    services: InferenceServices, health: HealthSource, *, csr: bytes, log: Log
+) -> GatewayApp:
+    """The application with every route.
+
+    Args:
+        csr: PEM of the certificate request for the TLS key.
+    """
     limits = services.config.limits
     app = GatewayApp("dcv", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = limits.max_body_bytes
@@ -54,6 +63,8 @@ def create_app(services: InferenceServices, health: HealthSource, *, log: Log) -
     app.config["RESPONSE_TIMEOUT"] = None
     add_inference_routes(app, services)
     add_health_routes(app, health)
+    add_well_known_routes(app, csr=csr)
+    add_openapi_route(app, services.config)
 
     async def appliance_error(error: ApplianceError) -> Response:
         return problem(error)
@@ -64,7 +75,7 @@ def create_app(services: InferenceServices, health: HealthSource, *, log: Log) -
     async def unexpected(error: Exception) -> Response:
         # A defect. Its text may quote the request, so only its type is told and logged.
         log.error("request_defect", error=type(error).__name__, where=_innermost_line(error))
-        return problem(ApplianceError("the appliance failed on this request"))
+        return problem(InternalError("the appliance failed on this request"))
 
     app.register_error_handler(ApplianceError, appliance_error)
     app.register_error_handler(HTTPException, http_error)

@@ -15,6 +15,7 @@ from quart_trio import QuartTrio
 from appliance.config import MeasuredConfig
 from appliance.engine.client import EngineAddress
 from appliance.errors import (
+    ApplianceError,
     EngineError,
     EngineStreamFailed,
     InvalidRequest,
@@ -24,6 +25,12 @@ from appliance.errors import (
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import Authenticator, Tenant, cache_salt
+from appliance.serving.metrics import (
+    CLIENT_DISCONNECTED,
+    COMPLETE,
+    ExchangeMetrics,
+    Metrics,
+)
 from appliance.serving.relay import collect_answer, event_source, forward
 from appliance.serving.tokenizing import ModelTokenizer
 from appliance.web.stream import EventStreamBody
@@ -38,6 +45,7 @@ from appliance.wire.openai import (
     ChoicePlan,
     Endpoint,
     InferenceRequest,
+    Token,
     convert,
     parse_request,
     plan_choices,
@@ -69,6 +77,7 @@ class InferenceServices:
     tokenizer: ModelTokenizer | None
     authenticator: Authenticator
     cache_secret: bytes = field(repr=False)
+    metrics: Metrics
     random: Callable[[int], bytes]
     created: int
 
@@ -81,7 +90,7 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 class DetokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
     model: str
-    tokens: list[Annotated[int, Meta(ge=0, le=2**31 - 1)]] | list[list[int]]
+    tokens: list[Token | list[Token]]
     skip_special_tokens: bool = True
 
 
@@ -122,7 +131,29 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
 
 
 async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
-    """One inference request, from its bytes to the beginning of its answer."""
+    """One inference request, from its bytes to the beginning of its answer; counted, whatever
+    becomes of it."""
+    observed = services.metrics.observe(endpoint.value)
+    cleanup: ExitStack = request.scope[CLEANUP]  # type: ignore[literal-required]
+    # Only counts if nothing else ended it: then it was the client who left.
+    cleanup.callback(observed.end, CLIENT_DISCONNECTED)
+    try:
+        response, streaming = await _infer(endpoint, services, cleanup, observed)
+    except ApplianceError as error:
+        observed.end(error.code)
+        raise
+    if not streaming:
+        observed.end(COMPLETE)
+    return response
+
+
+async def _infer(
+    endpoint: Endpoint,
+    services: InferenceServices,
+    cleanup: ExitStack,
+    observed: ExchangeMetrics,
+) -> tuple[Response, bool]:
+    """The steps of `infer`; also says whether the answer goes on as a stream."""
     limits = services.config.limits
     # 1. Authenticate, from the headers: nobody else's body is worth reading.
     tenant = _tenant(services)
@@ -142,13 +173,13 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     )
     # 3. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
     exchange = await services.admission.admit(tenant, places=len(plans))
-    cleanup: ExitStack = request.scope[CLEANUP]  # type: ignore[literal-required]
     cleanup.callback(exchange.release)
     # 4. Evidence for this request is gathered and appraised here, before anything is forwarded.
     # 5. Forward and relay.
-    answer = _stream if wanted.stream else _complete
     try:
-        return await answer(services, wanted, plans, exchange, response_id)
+        if wanted.stream:
+            return await _stream(services, wanted, plans, exchange, response_id, observed), True
+        return await _complete(services, wanted, plans, exchange, response_id), False
     except EngineError as error:
         raise exchange.interrupted or error from error
 
@@ -177,6 +208,7 @@ async def _stream(
     plans: tuple[ChoicePlan, ...],
     exchange: Exchange,
     response_id: str,
+    observed: ExchangeMetrics,
 ) -> Response:
     """The head waits for the engine's, so that its refusals keep their status; but no longer than
     a heartbeat, after which the client hears pings."""
@@ -191,7 +223,7 @@ async def _stream(
     with trio.move_on_after(limits.heartbeat_s):
         await source.start()
     response = Response(
-        EventStreamBody(source, exchange, limits, first_deadline=deadline),
+        EventStreamBody(source, exchange, limits, observed, first_deadline=deadline),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache"},
     )

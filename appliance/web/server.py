@@ -6,10 +6,10 @@ buffer without bound, and there is no hook for a serve loop of one's own. So we 
 classes and replace what is around them:
 
     serve            our accept loop: trio.serve_listeners, drain, end (Hypercorn's worker_serve)
-    Connection       one connection: caps, handshake deadline, containment, write deadline
-    Http1Protocol    no upgrades: neither websockets nor cleartext HTTP/2 are offered
-    Http2Protocol    malformed requests reset their stream; answers end truly or are reset
-    StreamBuffer     back-pressure that blocks until the client reads, with a deadline
+    Connections      all that are open: caps, draining
+    Connection       one of them: handshake, deadlines, containment, writing, closing
+                     (Hypercorn's TCPServer)
+    web.http1, web.http2   the protocol on a connection
 
 No module global of Hypercorn is replaced. All of it leans on Hypercorn's internals, therefore the
 version is pinned exactly and a test fails when it changes (docs/adr/0003).
@@ -18,32 +18,32 @@ version is pinned exactly and a test fails when it changes (docs/adr/0003).
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import math
+import socket
 import ssl
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import h2.errors
-import h2.events
-import h2.exceptions
-import h11
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.protocol.events import Event as StreamEvent
-from hypercorn.protocol.events import StreamClosed
-from hypercorn.protocol.h2 import BUFFER_HIGH_WATER, BufferCompleteError, H2Protocol
-from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.task_group import TaskGroup
-from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
-from hypercorn.typing import AppWrapper, ConnectionState, LifespanState
+from hypercorn.typing import (
+    AppWrapper,
+    ASGIReceiveEvent,
+    ASGISendEvent,
+    ConnectionState,
+    LifespanState,
+    Scope,
+)
 from hypercorn.utils import parse_socket_addr, wrap_app
-from priority.priority import MissingStreamError
 from quart_trio import QuartTrio
 
 from appliance.config import Limits, Listen
@@ -51,48 +51,99 @@ from appliance.errors import ListenError, NotServing
 from appliance.log import Log
 from appliance.serving.admission import Admission
 from appliance.serving.lifecycle import Lifecycle, State
+from appliance.web.http1 import Http1Protocol
+from appliance.web.http2 import MAX_STREAMS, Http2Protocol
 from appliance.web.stream import UncleanEnd
 
 BACKLOG = 1024
 
+HEAD_BYTES = 1 << 14
+"""Of one request's head. Hypercorn's default for HTTP/1.1; nginx takes 32 KiB, Apache 8 KiB a
+line."""
+
+READ_BYTES = 1 << 16
+
+WRITE_BYTES = 1 << 16
+"""The write deadline counts for so much at a time: a long answer may take long, a stalled one may
+not, and a client has to read 3 KiB a second with the default of 20 s."""
+
 FLUSH_S = 2.0
-"""For the last events of interrupted streams, and for a TLS goodbye, to leave our buffers."""
+"""For the last bytes of ended connections, and for a TLS goodbye, to leave our buffers."""
 
-TlsStream = trio.SSLStream[trio.SocketStream]
+LINGER_S = 10.0
+"""How long we go on reading, to drop it, what a client sends after its answer. nginx takes 30 s."""
+
+REFUSAL_LOG_S = 1.0
+"""Refused connections are logged this often at most."""
+
+IPV6_SITE_BITS = 64
+"""One subscriber has at least so large a network, and every address in it (RFC 6177)."""
+
+TCP_OPTIONS = (
+    # A peer that vanished without a word is noticed within a minute, also where an answer is
+    # computed for long and nothing is written.
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
 
 
-@dataclass(slots=True)
 class Connections:
     """Every open connection, and how many each peer holds."""
 
-    limits: Limits
-    log: Log
-    open: set[TlsStream] = field(default_factory=set)
-    per_peer: Counter[str] = field(default_factory=Counter)
+    def __init__(self, limits: Limits, log: Log) -> None:
+        self.limits = limits
+        self.log = log
+        self.draining = False
+        self._open = set[Connection]()
+        self._per_peer = Counter[str]()
+        self._changed = trio.Event()
+        self._refused = 0
+        self._told_at = -math.inf
 
-    def enter(self, stream: TlsStream, peer: str) -> bool:
+    def enter(self, connection: Connection, site: str) -> bool:
         """Count a new connection; False when it is one too many."""
         if (
-            len(self.open) >= self.limits.max_connections
-            or self.per_peer[peer] >= self.limits.max_connections_per_peer
+            len(self._open) >= self.limits.max_connections
+            or self._per_peer[site] >= self.limits.max_connections_per_peer
         ):
-            self.log.warning("connection_refused", open=len(self.open))
+            self._tell_refused()
             return False
-        self.open.add(stream)
-        self.per_peer[peer] += 1
+        self._open.add(connection)
+        self._per_peer[site] += 1
         return True
 
-    def leave(self, stream: TlsStream, peer: str) -> None:
+    def leave(self, connection: Connection, site: str) -> None:
         """Forget a connection."""
-        self.open.discard(stream)
-        self.per_peer[peer] -= 1
-        if not self.per_peer[peer]:
-            del self.per_peer[peer]
+        self._open.discard(connection)
+        self._per_peer[site] -= 1
+        if not self._per_peer[site]:
+            del self._per_peer[site]
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    def drain(self) -> None:
+        """Connections end as soon as they have nothing to do."""
+        self.draining = True
+        for connection in tuple(self._open):
+            connection.end_when_idle()
+
+    async def wait_none(self) -> None:
+        """Wait until none is open."""
+        while self._open:
+            await self._changed.wait()
 
     def close_all(self) -> None:
         """Close every socket now, which also ends writes that are shielded."""
-        for stream in tuple(self.open):
-            stream.transport_stream.socket.close()
+        for connection in tuple(self._open):
+            connection.close_now()
+
+    def _tell_refused(self) -> None:
+        self._refused += 1
+        if trio.current_time() - self._told_at >= REFUSAL_LOG_S:
+            self.log.warning("connection_refused", open=len(self._open), refused=self._refused)
+            self._told_at, self._refused = trio.current_time(), 0
 
 
 async def open_listeners(listen: Listen) -> list[trio.SocketListener]:
@@ -134,43 +185,48 @@ async def serve(
     Args:
         context: the TLS server context.
     """
-    config = _hypercorn_config(limits, log)
-    worker = WorkerContext(None)
+    config = _hypercorn_config(log)
     wrapped = wrap_app(app, config.wsgi_max_body_size, "asgi")
     lifespan_state: LifespanState = {}
     lifespan = Lifespan(wrapped, config, lifespan_state)
-    connections = Connections(limits, log)
+    service = Service(
+        app=wrapped,
+        config=config,
+        worker=WorkerContext(None),
+        state=lifespan_state,
+        tls=context,
+        connections=Connections(limits, log),
+    )
 
     async def handle(stream: trio.SocketStream) -> None:
-        tls = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
-        state = ConnectionState(lifespan_state.copy())
-        await Connection(wrapped, config, worker, state, tls, connections).run()
+        await Connection(service, stream).run()
 
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
-        try:
-            async with trio.open_nursery() as handlers:
+        async with trio.open_nursery() as handlers:
+            try:
                 async with trio.open_nursery() as accepting:
                     accepting.start_soon(
                         partial(trio.serve_listeners, handle, listeners, handler_nursery=handlers)
                     )
                     await lifecycle.wait_until_not(State.SERVING)
                     accepting.cancel_scope.cancel()
-                await worker.terminated.set()  # idle connections close, busy ones do not go on
-                await _drain(lifecycle, admission, limits, log)
+                await service.worker.terminated.set()  # protocols take no more requests
+                service.connections.drain()
+                await _drain(lifecycle, admission, service.connections)
+            finally:
                 handlers.cancel_scope.cancel()
                 # A write to a client that does not read is shielded; without its socket it ends.
-                connections.close_all()
-        finally:
-            connections.close_all()
+                service.connections.close_all()
         await lifespan.wait_for_shutdown()
         lifespan_nursery.cancel_scope.cancel()
 
 
-async def _drain(lifecycle: Lifecycle, admission: Admission, limits: Limits, log: Log) -> None:
-    """Let running exchanges end, then end them."""
-    log.info("draining", state=lifecycle.state.value, running=admission.running)
+async def _drain(lifecycle: Lifecycle, admission: Admission, connections: Connections) -> None:
+    """Let running exchanges end, then end them; then let the last bytes leave."""
+    limits = connections.limits
+    connections.log.info("draining", state=lifecycle.state.value, running=admission.running)
     if lifecycle.state is State.DRAINING:
         with trio.move_on_after(limits.drain_s):
             async with trio.open_nursery() as nursery:
@@ -180,7 +236,7 @@ async def _drain(lifecycle: Lifecycle, admission: Admission, limits: Limits, log
     reason = lifecycle.error or NotServing(f"the appliance is {lifecycle.state.value}")
     admission.interrupt_all(reason)
     with trio.move_on_after(FLUSH_S):
-        await admission.wait_idle()
+        await connections.wait_none()
 
 
 async def _cancel_when_withdrawn(lifecycle: Lifecycle, scope: trio.CancelScope) -> None:
@@ -188,36 +244,59 @@ async def _cancel_when_withdrawn(lifecycle: Lifecycle, scope: trio.CancelScope) 
     scope.cancel()
 
 
-class Connection(TCPServer):
-    """One TLS connection. Nothing but cancellation ever leaves `run`."""
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every connection works with."""
 
-    def __init__(
-        self,
-        app: AppWrapper,
-        config: HypercornConfig,
-        context: WorkerContext,
-        state: ConnectionState,
-        stream: TlsStream,
-        connections: Connections,
-    ) -> None:
-        super().__init__(app, config, context, state, stream)
-        self._connections = connections
-        self._limits = connections.limits
-        self._log = connections.log
-        self._ended = False
+    app: AppWrapper
+    config: HypercornConfig
+    worker: WorkerContext
+    state: LifespanState
+    tls: ssl.SSLContext
+    connections: Connections
+
+
+class Connection:
+    """One TLS connection. Nothing but cancellation ever leaves `run`.
+
+    One task reads and feeds the protocol; the application's tasks write through the protocol.
+    Whoever wants the connection to end tells the reading task, and that one closes it.
+    """
+
+    protocol: Http1Protocol | Http2Protocol
+
+    def __init__(self, service: Service, transport: trio.SocketStream) -> None:
+        self._service = service
+        self._limits = service.connections.limits
+        self._log = service.connections.log
+        self._transport = transport
+        self._tls = trio.SSLStream[trio.SocketStream](transport, service.tls, server_side=True)
+        self._write_lock = trio.Lock()
+        self._reading = trio.CancelScope()
+        self._idle = True
+        self._idle_until = math.inf
+        self._head_until = math.inf
+        self._ending = False
+        self._woken = False
+        self._peer_gone = False
 
     async def run(self) -> None:
         """Serve the connection to its end and close it."""
-        socket = self.stream.transport_stream.socket
+        connections = self._service.connections
+        peer = self._transport.socket
         try:
-            client = parse_socket_addr(socket.family, socket.getpeername())
-            server = parse_socket_addr(socket.family, socket.getsockname())
+            client = parse_socket_addr(peer.family, peer.getpeername())
+            server = parse_socket_addr(peer.family, peer.getsockname())
+            for option in TCP_OPTIONS:
+                peer.setsockopt(*option)
+            unacknowledged_ms = round((self._limits.write_s + FLUSH_S) * 1000)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged_ms)
         except OSError:  # reset between accept and here
-            socket.close()
+            peer.close()
             return
-        peer = client[0] if client else ""
-        if not self._connections.enter(self.stream, peer):
-            socket.close()
+        site = _site(client[0]) if client else ""
+        if not connections.enter(self, site):
+            peer.close()
             return
         try:
             await self._serve(client, server)
@@ -230,67 +309,146 @@ class Connection(TCPServer):
         except Exception as error:  # the point of this class: it ends here, not the server
             self._contain(error)
         finally:
-            self._connections.leave(self.stream, peer)
-            socket.close()
+            connections.leave(self, site)
+            peer.close()
+
+    def end_when_idle(self) -> None:
+        """End the connection now if nothing is being served on it; else when that has ended."""
+        if self._idle:
+            self._end()
+
+    def close_now(self) -> None:
+        """Close the socket, whoever uses it."""
+        self._transport.socket.close()
 
     async def _serve(self, client: tuple[str, int] | None, server: tuple[str, int] | None) -> None:
         try:
             with trio.fail_after(self._limits.handshake_s):
-                await self.stream.do_handshake()
-        except (trio.BrokenResourceError, trio.TooSlowError):
+                await self._tls.do_handshake()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             return
-        http2 = self.stream.selected_alpn_protocol() == "h2"
-        async with TaskGroup() as task_group:
-            self._task_group = task_group
-            # Hypercorn declares its ProtocolWrapper here, which only adds the upgrades we refuse.
-            self.protocol = (Http2Protocol if http2 else Http1Protocol)(  # type: ignore[assignment]
-                self.app,
-                self.config,
-                self.context,
-                task_group,
-                ConnectionState(self.state),
+        async with AppTasks() as tasks:
+            arguments = (
+                self._service.app,
+                self._service.config,
+                self._service.worker,
+                tasks,
+                ConnectionState(self._service.state.copy()),
                 True,
                 client,
                 server,
-                self.protocol_send,
+                self._protocol_send,
             )
-            if isinstance(self.protocol, Http2Protocol):
-                self.protocol.write_s = self._limits.write_s
+            if self._tls.selected_alpn_protocol() == "h2":
+                self.protocol = Http2Protocol(
+                    *arguments,
+                    write_s=self._limits.write_s,
+                    max_discard_bytes=self._limits.max_body_bytes,
+                )
+            else:
+                self.protocol = Http1Protocol(*arguments, wake=self._wake)
             await self.protocol.initiate()
-            await self.idle_task.restart(task_group, self._idle_timeout)
-            await self._read_data()
-            # Hypercorn leaves the idle timer running: the closed connection, its socket and its
-            # tasks would stay until it fires.
-            self._ended = True
-            await self.idle_task.stop()
+            self._idle_until = trio.current_time() + self._limits.idle_s
+            await self._read()
+            if not self._peer_gone:
+                await self.protocol.goodbye()
+            await self.protocol.handle(Closed())
         await self._close()
 
-    async def protocol_send(self, event: Event) -> None:
+    async def _read(self) -> None:
+        """Feed the protocol until the peer goes, time is up, or somebody wants it to end."""
+        while not self._ending:
+            if self._woken:
+                self._woken = False
+                await self.protocol.resume()
+                continue
+            if not self.protocol.within_head:
+                self._head_until = math.inf
+            elif self._head_until == math.inf:
+                self._head_until = trio.current_time() + self._limits.header_s
+            data = await self._receive()
+            if data is not None:
+                await self.protocol.handle(RawData(data))
+                if not data:
+                    self._peer_gone = self._ending = True
+            elif trio.current_time() >= self._deadline:
+                self._ending = True
+
+    async def _receive(self) -> bytes | None:
+        """What the peer sends; b"" when it is gone, in whatever way; None if interrupted."""
+        with trio.CancelScope(deadline=self._deadline) as self._reading:
+            if self.protocol.full:
+                await trio.sleep_forever()
+            try:
+                return bytes(await self._tls.receive_some(READ_BYTES))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return b""
+        return None
+
+    @property
+    def _deadline(self) -> float:
+        return min(self._idle_until, self._head_until)
+
+    def _wake(self) -> None:
+        self._woken = True
+        self._reading.cancel()
+
+    def _end(self) -> None:
+        self._ending = True
+        self._reading.cancel()
+
+    async def _protocol_send(self, event: Event) -> None:
         """What the protocol wants done with the connection."""
         if isinstance(event, RawData):
             await self._write(event.data)
-        elif not (isinstance(event, Updated) and self._ended):
-            await super().protocol_send(event)
+        elif isinstance(event, Closed):
+            self._end()
+            await self.protocol.handle(Closed())
+        elif isinstance(event, Updated):
+            self._idle = event.idle
+            if event.idle and self._service.connections.draining:
+                self._end()
+            self._idle_until = trio.current_time() + self._limits.idle_s if event.idle else math.inf
+            self._reading.deadline = self._deadline
 
     async def _write(self, data: bytes) -> None:
         """Write, shielded (half a TLS record would break the connection for other streams) but
         within a deadline."""
-        async with self.send_lock:
-            try:
-                with trio.move_on_after(self._limits.write_s, shield=True) as deadline:
-                    await self.stream.send_all(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                await self.protocol.handle(Closed())
+        async with self._write_lock:
+            for start in range(0, len(data), WRITE_BYTES):
+                try:
+                    with trio.move_on_after(self._limits.write_s, shield=True) as deadline:
+                        await self._tls.send_all(data[start : start + WRITE_BYTES])
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    break
+                if deadline.cancelled_caught:
+                    self._log.info("write_timeout", after_s=self._limits.write_s)
+                    break
+            else:
                 return
-        if deadline.cancelled_caught:
-            self._log.info("write_timeout", after_s=self._limits.write_s)
-            self.stream.transport_stream.socket.close()
-            await self.protocol.handle(Closed())
+            self._peer_gone = True
+            self.close_now()
+        await self.protocol.handle(Closed())
 
     async def _close(self) -> None:
-        """Say goodbye in TLS if the peer takes it, then close."""
-        with trio.move_on_after(FLUSH_S):
-            await self.stream.aclose()
+        """Say goodbye in TLS, then close.
+
+        Closing a socket while there is something to read makes the kernel send a reset, which
+        overtakes the answer. So where the peer may still be sending, it is told that we are done,
+        and what it sends is dropped for a while.
+        """
+        gone = (trio.BrokenResourceError, trio.ClosedResourceError)
+        if self._peer_gone or not self.protocol.unread:
+            with contextlib.suppress(*gone), trio.move_on_after(FLUSH_S):
+                await self._tls.aclose()
+            return
+        with contextlib.suppress(*gone), trio.move_on_after(FLUSH_S):
+            await self._tls.unwrap()  # sends our goodbye, and fails if anything else comes back
+        with contextlib.suppress(OSError):
+            self._transport.socket.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(*gone), trio.move_on_after(LINGER_S):
+            while await self._transport.receive_some(READ_BYTES):
+                pass
 
     def _contain(self, error: BaseException) -> None:
         """Log what ended the connection by type only: its text may quote what the peer sent."""
@@ -302,175 +460,39 @@ class Connection(TCPServer):
             self._log.warning("connection_error_contained", errors=names)
 
 
-class Http1Protocol(H11Protocol):
-    """HTTP/1.1 without upgrades."""
+class AppTasks(TaskGroup):
+    """The application's tasks on one connection.
 
-    async def _check_protocol(self, event: h11.Request) -> None:
-        """Hypercorn switches to HTTP/2 here on `Upgrade: h2c` and on a cleartext preface; over TLS
-        the protocol was agreed by ALPN and stays (RFC 9113 section 3.2)."""
-
-    async def _create_stream(self, request: h11.Request) -> None:
-        """Treat a websocket upgrade as the plain request it also is (RFC 9110 section 7.8)."""
-        headers = [item for item in request.headers.raw_items() if item[0].lower() != b"upgrade"]
-        await super()._create_stream(
-            h11.Request(
-                method=request.method,
-                target=request.target,
-                headers=headers,
-                http_version=request.http_version,
-            )
-        )
-
-
-class StreamBuffer:
-    """Bytes of one HTTP/2 answer on their way to the client; Hypercorn's interface.
-
-    Hypercorn's own lets a writer pass as soon as anything was sent, so a client that opens no
-    window makes it hold the whole answer. Here a writer waits until there is room again, and a
-    client that takes nothing for `write_s` is given up.
+    Hypercorn's leaves what is told to a finished application in a queue that fills up, and then
+    whoever tells it something waits for ever.
     """
 
-    def __init__(self, *, write_s: float, on_stalled: Callable[[], Awaitable[None]]) -> None:
-        self._buffer = bytearray()
-        self._write_s = write_s
-        self._on_stalled = on_stalled
-        self._moved = trio.Event()
-        self.finished = False  # the application has said all it will say
-        self._closed = False
+    async def spawn_app(
+        self,
+        app: AppWrapper,
+        config: HypercornConfig,
+        scope: Scope,
+        send: Callable[[ASGISendEvent | None], Awaitable[None]],
+    ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
+        tell, told = trio.open_memory_channel[ASGIReceiveEvent](config.max_app_queue_size)
 
-    @property
-    def complete(self) -> bool:
-        """Whether nothing more will be sent."""
-        return self._closed or (self.finished and not self._buffer)
-
-    def set_complete(self) -> None:
-        """The application has sent its last byte."""
-        self.finished = True
-
-    async def close(self) -> None:
-        """The stream or the connection is gone: let go of everything that waits."""
-        self._closed = True
-        self._buffer.clear()
-        self._wake()
-
-    async def push(self, data: bytes) -> None:
-        """Add bytes; returns once there is room for more.
-
-        Raises:
-            BufferCompleteError: the client is gone, or has not read for too long.
-        """
-        if self._closed or self.finished:
-            raise BufferCompleteError
-        self._buffer += data
-        await self._wait_below(BUFFER_HIGH_WATER)
-
-    async def drain(self) -> None:
-        """Wait until everything was handed to the connection.
-
-        Raises:
-            BufferCompleteError: as for `push`.
-        """
-        await self._wait_below(1)
-
-    async def pop(self, max_length: int) -> bytes:
-        """Take at most so many bytes, for sending now."""
-        data = bytes(self._buffer[:max_length])
-        if data:
-            del self._buffer[:max_length]
-            self._wake()
-        return data
-
-    async def _wait_below(self, size: int) -> None:
-        while len(self._buffer) >= size and not self._closed:
-            with trio.move_on_after(self._write_s) as deadline:
-                await self._moved.wait()
-            if deadline.cancelled_caught:
-                await self._on_stalled()
-                raise BufferCompleteError
-        if self._closed:
-            raise BufferCompleteError
-
-    def _wake(self) -> None:
-        moved, self._moved = self._moved, trio.Event()
-        moved.set()
-
-
-class _Streams(dict[int, Any]):
-    """Open streams. Events for one that is gone (an early answer, a reset) go nowhere; Hypercorn
-    looks them up without asking and dies of the KeyError."""
-
-    def __missing__(self, _stream_id: int) -> _ClosedStream:
-        return _ClosedStream()
-
-
-class _ClosedStream:
-    idle = True
-
-    async def handle(self, _event: StreamEvent) -> None:
-        return
-
-
-class Http2Protocol(H2Protocol):
-    """HTTP/2 that bounds what it holds and never takes the connection down for one stream."""
-
-    write_s = 20.0
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.streams = _Streams()
-        self.buffers: dict[int, StreamBuffer] = {}
-        self.stream_buffers = self.buffers  # type: ignore[assignment]  # same interface, ours
-
-    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
-        """Open a stream for a well-formed request; reset one for anything else.
-
-        Hypercorn assumes an ASCII `:path` and a method other than CONNECT.
-        """
-        stream_id = request.stream_id
-        assert stream_id is not None
-        pseudo = {name: value for name, value in request.headers or [] if name[:1] == b":"}
-        path, method = pseudo.get(b":path", b""), pseudo.get(b":method", b"")
-        if method == b"CONNECT" or not path.startswith(b"/") or not path.isascii():
-            await self._reset(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-            return
-        await super()._create_stream(request)
-        # Nothing has run since: the application task starts at the next checkpoint.
-        self.buffers[stream_id] = StreamBuffer(
-            write_s=self.write_s, on_stalled=partial(self._give_up, stream_id)
-        )
-
-    async def stream_send(self, event: StreamEvent) -> None:
-        """As Hypercorn's, but an answer that was broken off is reset instead of left open."""
-        if isinstance(event, StreamClosed):
-            buffer = self.buffers.get(event.stream_id)
-            if buffer is not None and not buffer.finished:
-                with contextlib.suppress(BufferCompleteError):
-                    await buffer.drain()  # what was said before it broke off still goes out
-                await self._reset(event.stream_id, h2.errors.ErrorCodes.INTERNAL_ERROR)
-                await self._forget(event.stream_id)
-        await super().stream_send(event)
-
-    async def _give_up(self, stream_id: int) -> None:
-        """The client has not read for too long: end the stream and tell the application."""
-        await self._reset(stream_id, h2.errors.ErrorCodes.CANCEL)
-        await self._forget(stream_id)
-        await self._close_stream(stream_id)
-
-    async def _reset(self, stream_id: int, code: h2.errors.ErrorCodes) -> None:
-        try:
-            self.connection.reset_stream(stream_id, code)
-        except h2.exceptions.ProtocolError:
-            return  # the stream or the connection is closed already
-        await self._flush()
-
-    async def _forget(self, stream_id: int) -> None:
-        buffer = self.buffers.pop(stream_id, None)
-        if buffer is not None:
-            await buffer.close()
+        async def run_app() -> None:
             try:
-                self.priority.remove_stream(stream_id)
-            except MissingStreamError:
-                return
+                with told:
+                    await app(
+                        scope, told.receive, send, trio.to_thread.run_sync, trio.from_thread.run
+                    )
+            except* Exception:
+                await config.log.exception("application")
+            finally:
+                await send(None)
+
+        async def tell_app(event: ASGIReceiveEvent) -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                await tell.send(event)
+
+        self.spawn(run_app)
+        return tell_app
 
 
 class HypercornLog:
@@ -521,18 +543,26 @@ def _leaves(error: BaseException | None) -> list[BaseException]:
     return [] if error is None else [error]
 
 
+def _site(host: str) -> str:
+    """What counts as one peer: an IPv4 address, or a subscriber's IPv6 network."""
+    address = ipaddress.ip_address(host)
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((int(address), IPV6_SITE_BITS), strict=False))
+
+
 def _hypercorn_log(log: Log, _config: HypercornConfig) -> HypercornLog:
     return HypercornLog(log)
 
 
-def _hypercorn_config(limits: Limits, log: Log) -> HypercornConfig:
+def _hypercorn_config(log: Log) -> HypercornConfig:
     config = HypercornConfig()
     config.logger_class = partial(_hypercorn_log, log)  # type: ignore[assignment]
     config.include_server_header = False
-    config.keep_alive_timeout = limits.idle_s
     config.keep_alive_max_requests = sys.maxsize
-    config.ssl_handshake_timeout = limits.handshake_s
-    # None: it would count while we stream to a client that rightly says nothing.
-    config.read_timeout = None
-    config.h2_max_concurrent_streams = 128
+    config.h11_max_incomplete_size = HEAD_BYTES
+    config.h2_max_header_list_size = HEAD_BYTES
+    config.h2_max_concurrent_streams = MAX_STREAMS
     return config

@@ -1,7 +1,7 @@
 """The local status socket: one JSON document to whoever connects, then the end.
 
 It answers from the first moment of the boot on, when the public port is still closed. Access is
-by file permission (0600); it says nothing that `/health` would not.
+by file permission (0600); it says nothing that `/health` and `/.well-known/dcv/csr` would not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from appliance.errors import ConfigError
 from appliance.wire.canonical import JsonObject, canonical_json
 
 WRITE_S = 5.0
-"""For one reader to take a few hundred bytes."""
+"""For one reader to take a few kilobytes."""
 
 MAX_READERS = 16
 

@@ -19,6 +19,7 @@ from quart.wrappers.response import ResponseBody
 from appliance.config import Limits
 from appliance.errors import ApplianceError, EngineStreamFailed
 from appliance.serving.admission import Exchange
+from appliance.serving.metrics import COMPLETE, ExchangeMetrics
 from appliance.serving.relay import EventSource
 from appliance.web.problem import error_body
 from appliance.wire.sse import PING, encode_event
@@ -37,12 +38,19 @@ class EventStreamBody(ResponseBody):
     """
 
     def __init__(
-        self, source: EventSource, exchange: Exchange, limits: Limits, *, first_deadline: float
+        self,
+        source: EventSource,
+        exchange: Exchange,
+        limits: Limits,
+        observed: ExchangeMetrics,
+        *,
+        first_deadline: float,
     ) -> None:
         """`first_deadline` is on Trio's clock: the engine's first event comes before it."""
         self._source = source
         self._exchange = exchange
         self._limits = limits
+        self._observed = observed
         self._deadline = first_deadline
         self._failed = False
 
@@ -71,14 +79,18 @@ class EventStreamBody(ResponseBody):
             return await self._next()
         except ApplianceError as error:
             self._failed = True
-            return encode_event(error_body(self._exchange.interrupted or error))
+            told = self._exchange.interrupted or error
+            self._observed.end(told.code)
+            return encode_event(error_body(told))
 
     async def _next(self) -> bytes:
         with trio.move_on_after(self._limits.heartbeat_s):
             data = await self._source.receive()
             if not data:
                 self._exchange.complete()
+                self._observed.end(COMPLETE)
                 raise StopAsyncIteration
+            self._observed.event()
             self._deadline = trio.current_time() + self._limits.engine_idle_s
             return data
         if trio.current_time() >= self._deadline:

@@ -345,7 +345,7 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_uncleanly(
 ) -> None:
     async with RawConnection.open(appliance) as connection:
         await connection.post(
-            CHAT, chat_body(f"[[mode:{mode}]] Go", stream=True, n=n, temperature=1)
+            CHAT, chat_body(f"[[mode:slow:20]][[mode:{mode}]] Go", stream=True, n=n, temperature=1)
         )
         response = await connection.read_response()
         assert response.status == 200

@@ -184,14 +184,22 @@ def test_a_flipped_bit_is_taken_or_refused_and_never_a_defect(bit: int) -> None:
 
 
 DER = LEAF.public_bytes(Encoding.DER)
+SIGNED_AT = DER.index(LEAF.tbs_certificate_bytes)
 
 
-@given(bit=st.integers(0, len(DER) * 8 - 1))
-def test_a_flipped_bit_in_a_signed_certificate_is_refused(bit: int) -> None:
+@given(bit=st.integers(SIGNED_AT * 8, (SIGNED_AT + len(LEAF.tbs_certificate_bytes)) * 8 - 1))
+def test_a_flipped_bit_in_what_is_signed_is_refused(bit: int) -> None:
     data = bytearray(DER)
     data[bit // 8] ^= 1 << bit % 8
     flipped = ssl.DER_cert_to_PEM_cert(bytes(data)).encode()
     assert refusal(flipped + pem(INTERMEDIATE.certificate))
+
+
+def test_a_serial_number_that_rfc_5280_forbids_is_refused() -> None:
+    number = LEAF.serial_number
+    serial = number.to_bytes(number.bit_length() // 8 + 1, "big")
+    negative = ssl.DER_cert_to_PEM_cert(DER.replace(serial, b"\xff" + serial[1:])).encode()
+    assert "does not decode" in refusal(negative)
 
 
 def test_a_refusal_quotes_nothing_of_the_file() -> None:
@@ -586,6 +594,15 @@ async def test_a_file_written_in_place_or_a_link_moved_is_a_change(
     write(watched.path, GOOD)
     await a_few_looks()
     assert watched.shown == LEAF
+
+
+def test_a_path_that_cannot_be_followed_is_refused_and_not_missing(watched: Watched) -> None:
+    watched.path.symlink_to(watched.path)
+    watched.file.look()
+    watched.file.look()
+    [line] = watched.lines.entries
+    assert line["event"] == "tls_chain_refused"
+    assert "cannot be read: Too many levels of symbolic links" in line["error"]
 
 
 def test_a_handshake_under_way_keeps_the_certificate_it_began_with(watched: Watched) -> None:
