@@ -47,6 +47,7 @@ from appliance.wire.openai import (
     InferenceRequest,
     Token,
     convert,
+    parse_body,
     parse_request,
     plan_choices,
 )
@@ -159,7 +160,7 @@ async def _infer(
     tenant = _tenant(services)
     # 2. Read and understand; the raw bytes are what a receipt will name.
     raw = await _read_body()
-    body = parse_json_object(raw, max_nesting=limits.max_nesting)
+    body = parse_body(raw, max_nesting=limits.max_nesting)
     wanted = parse_request(endpoint, body, extra_keys=services.config.engine.extra_request_keys)
     _check_model(wanted.model, services)
     _check_transport(wanted)
@@ -294,7 +295,7 @@ def _check_model(name: str, services: InferenceServices) -> None:
 
 
 def _check_transport(wanted: InferenceRequest) -> None:
-    if request.args.get("tee", "false").lower() != "false":
+    if request.args.getlist("tee") not in ([], ["false"]):  # once, like a key of the body
         raise UnsupportedFeature("tee: this appliance issues no receipts yet", param="tee")
     if wanted.stream and request.http_version == "1.0":
         # Without chunks the end of a broken stream looks like the end of a whole one.

@@ -117,9 +117,8 @@ def _operation(operation: _Operation, path: str, config: MeasuredConfig) -> Json
         model: JsonObject = {"enum": [config.model.id]}
         parameters.append({"name": "model_id", "in": "path", "required": True, "schema": model})
     if errors.SessionNotAccepted in operation.errors:
-        parameters.append(
-            {"name": "tee", "in": "query", "description": "As in the body.", "schema": _BOOLEAN}
-        )
+        tee: JsonObject = {"enum": ["false", "true"], "description": "As in the body."}
+        parameters.append({"name": "tee", "in": "query", "schema": tee})
     if parameters:
         found["parameters"] = parameters
     if operation.body:

@@ -22,6 +22,9 @@ JsonObject: TypeAlias = dict[str, JsonValue]
 MAX_SAFE_INTEGER = 2**53 - 1
 """The largest integer that every JSON implementation keeps (RFC 8259 section 6)."""
 
+MAX_INTEGER_DIGITS = 400
+"""Of an integer that is still read, to be refused by name; a float has at most 309."""
+
 FIRST_EXPONENT = 1e21
 """From here on JCS writes numbers with an exponent (ECMA-262, Number::toString)."""
 
@@ -46,7 +49,7 @@ def parse_json(data: bytes, *, max_nesting: int) -> JsonValue:
             text,
             object_pairs_hook=_object_without_duplicates,
             parse_constant=_refuse_constant,
-            parse_int=_safe_integer,
+            parse_int=_bounded_integer,
             parse_float=_finite_float,
         )
     except json.JSONDecodeError as error:
@@ -92,11 +95,16 @@ def _refuse_constant(_name: str) -> NoReturn:
     raise Malformed("expected a finite number (JSON has no NaN or Infinity)")
 
 
-def _safe_integer(digits: str) -> int:
-    # The length test comes first: int() of a megabyte of digits is quadratic.
-    if len(digits) > 17 or abs(int(digits)) > MAX_SAFE_INTEGER:
-        raise Malformed("expected an integer within ±(2^53-1)")
+def _bounded_integer(digits: str) -> int:
+    # Bounded first: int() of a megabyte of digits is quadratic. The range is checked once the
+    # value's place is known.
+    if len(digits) > MAX_INTEGER_DIGITS:
+        raise _unsafe_integer("$")
     return int(digits)
+
+
+def _unsafe_integer(field: str) -> Malformed:
+    return Malformed("expected an integer within ±(2^53-1)", field=field)
 
 
 def _finite_float(digits: str) -> float:
@@ -105,7 +113,7 @@ def _finite_float(digits: str) -> float:
         raise Malformed("expected a finite number, its exponent is too large")
     # JCS writes 1e20 as 100000000000000000000: what we forward would be what we refuse.
     if MAX_SAFE_INTEGER < abs(number) < FIRST_EXPONENT:
-        raise Malformed("expected an integer within ±(2^53-1)")
+        raise _unsafe_integer("$")
     return number
 
 
@@ -115,6 +123,9 @@ def _too_deep(max_nesting: int) -> Malformed:
 
 def _check_depth_and_text(value: JsonValue, max_nesting: int) -> None:
     """Walk level by level: recursion is what a deeply nested body aims at."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_integer(item, f"$.{key}")
     level: list[JsonValue] = [value]
     depth = 0
     while level:
@@ -123,6 +134,8 @@ def _check_depth_and_text(value: JsonValue, max_nesting: int) -> None:
         for item in level:
             if isinstance(item, str):
                 _check_text(item)
+            elif isinstance(item, int):
+                _check_integer(item, "$")
             elif isinstance(item, (dict, list)):
                 if depth > max_nesting:
                     raise _too_deep(max_nesting)
@@ -130,6 +143,11 @@ def _check_depth_and_text(value: JsonValue, max_nesting: int) -> None:
                 if isinstance(item, dict):
                     deeper.extend(item.values())
         level = deeper
+
+
+def _check_integer(item: JsonValue, field: str) -> None:
+    if isinstance(item, int) and abs(item) > MAX_SAFE_INTEGER:
+        raise _unsafe_integer(field)
 
 
 def _check_text(text: str) -> None:

@@ -27,12 +27,19 @@ from msgspec import Meta, Struct
 from appliance.errors import (
     InvalidRequest,
     InvalidSeed,
+    Malformed,
     RequestError,
     SessionNotAccepted,
     UnknownParameter,
     UnsupportedFeature,
 )
-from appliance.wire.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue, canonical_json
+from appliance.wire.canonical import (
+    MAX_SAFE_INTEGER,
+    JsonObject,
+    JsonValue,
+    canonical_json,
+    parse_json_object,
+)
 
 MAX_MODEL_NAME_BYTES = 256
 
@@ -293,6 +300,21 @@ class InferenceRequest:
     body: JsonObject = field(repr=False)
 
 
+def parse_body(raw: bytes, *, max_nesting: int) -> JsonObject:
+    """The parsed body of a request.
+
+    Raises:
+        InvalidSeed: the seed is an integer no JSON implementation is sure to keep.
+        Malformed: as `parse_json_object`.
+    """
+    try:
+        return parse_json_object(raw, max_nesting=max_nesting)
+    except Malformed as error:
+        if error.field == "$.seed":
+            raise _invalid_seed() from None
+        raise
+
+
 def parse_request(
     endpoint: Endpoint, body: JsonObject, *, extra_keys: Iterable[str] = ()
 ) -> InferenceRequest:
@@ -445,8 +467,12 @@ def _check_seed(seed: JsonValue) -> int | None:
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SAFE_INTEGER:
-        raise InvalidSeed("seed: expected an integer from 0 to 2^53-1", param="seed")
+        raise _invalid_seed()
     return seed
+
+
+def _invalid_seed() -> InvalidSeed:
+    return InvalidSeed("seed: expected an integer from 0 to 2^53-1", param="seed")
 
 
 def _check_provider(provider: JsonValue) -> None:

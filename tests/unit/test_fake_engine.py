@@ -191,7 +191,7 @@ async def running(
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Poll: what is waited for happens in another process."""
-    while not await condition():  # noqa: ASYNC110
+    while not await condition():
         await trio.sleep(0.005)
 
 
