@@ -7,6 +7,7 @@ until the answer ends. Here reading goes on, up to a bound.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,12 @@ PIPELINED_BYTES = 1 << 16
 purpose; past this the client waits, as with any full buffer."""
 
 VERSIONS = (b"1.0", b"1.1")
+
+# h11 reads on where a line ends without CR and where the next one continues it (RFC 9112 sections
+# 2.2 and 5.2 allow both, and to refuse both). Other readers see other fields there.
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_AMBIGUOUS_LINES = re.compile(rb"(?<!\r)\n|\n[ \t]")
+_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
 
 
 class Http1Protocol(H11Protocol):
@@ -70,6 +77,11 @@ class Http1Protocol(H11Protocol):
         while not self.failed:
             if self.connection.they_are_waiting_for_100_continue:
                 await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=[]))
+            if self.connection.their_state is h11.IDLE and _ambiguous_lines(
+                self.connection.trailing_data[0]
+            ):
+                await self._refuse(400)
+                return
             try:
                 event = self.connection.next_event()
             except h11.RemoteProtocolError as error:
@@ -96,7 +108,7 @@ class Http1Protocol(H11Protocol):
         path = _origin_form(request.target)
         if request.http_version not in VERSIONS:
             await self._refuse(505)
-        elif path is None or _ambiguous(request):
+        elif path is None or _ambiguous_framing(request) or _bad_host(request):
             await self._refuse(400)
         else:
             self.stream = HTTPStream(
@@ -134,7 +146,20 @@ class Http1Protocol(H11Protocol):
             self._wake()
 
 
-def _ambiguous(request: h11.Request) -> bool:
+def _ambiguous_lines(data: bytes) -> bool:
+    """Whether the head at the start of `data`, as far as it has come, has lines that readers
+    divide differently."""
+    end = _END_OF_HEAD.search(data)
+    return _AMBIGUOUS_LINES.search(data, 0, end.end() if end else len(data)) is not None
+
+
+def _bad_host(request: h11.Request) -> bool:
+    """RFC 9112 section 3.2: a server MUST respond with 400 to an invalid Host. h11 has seen to it
+    that there is one."""
+    return not all(_HOST.fullmatch(value) for name, value in request.headers if name == b"host")
+
+
+def _ambiguous_framing(request: h11.Request) -> bool:
     """Whether two readers could disagree where this request ends: request smuggling.
 
     RFC 9112 section 6.1: both framings at once "ought to be handled as an error", and one that

@@ -47,6 +47,10 @@ PROGRESS_BYTES = 1 << 14
 """What a client has to take within the write deadline, so that a byte now and then is not enough
 to hold a generation."""
 
+DISCARD_BYTES = 1 << 26
+"""Of a body whose request has its answer already, before the client is stopped by a reset. RFC 9113
+section 8.1 lets us do that at once, but httpx then waits for ever, and others lose the answer."""
+
 ENCODER_TABLE_BYTES = 4096
 """Our HPACK table. A client may offer 4 GiB, which would then fill, and be searched, for ever."""
 
@@ -215,14 +219,8 @@ class Http2Protocol(H2Protocol):
 
     connection: GuardedConnection
 
-    def __init__(self, *arguments: Any, write_s: float, max_discard_bytes: int) -> None:
-        """The rest is Hypercorn's.
-
-        Args:
-            write_s: a client that reads next to nothing for so long is given up.
-            max_discard_bytes: how much of a body is taken and dropped once its request has been
-                answered.
-        """
+    def __init__(self, *arguments: Any, write_s: float) -> None:
+        """A client that reads next to nothing for `write_s` is given up; the rest is Hypercorn's."""
         super().__init__(*arguments)
         self.connection = GuardedConnection(
             max_header_list_bytes=self.config.h2_max_header_list_size
@@ -232,7 +230,6 @@ class Http2Protocol(H2Protocol):
         self.buffers: dict[int, StreamBuffer] = {}
         self.stream_buffers = self.buffers  # type: ignore[assignment]  # same interface, ours
         self._write_s = write_s
-        self._max_discard_bytes = max_discard_bytes
         self._receiving: dict[int, int] = {}  # requests without their end yet: bytes discarded
 
     @property
@@ -366,10 +363,9 @@ class Http2Protocol(H2Protocol):
         if stream_id in self.streams:
             await self.streams[stream_id].handle(Body(stream_id=stream_id, data=data))
         elif stream_id in self._receiving:
-            # Answered already, a refusal mostly. RFC 9113 section 8.1 lets us stop the client with
-            # a reset at once, but common clients then lose the answer, so it may go on for a while.
+            # Answered already: a refusal, mostly.
             self._receiving[stream_id] += len(data)
-            if self._receiving[stream_id] > self._max_discard_bytes:
+            if self._receiving[stream_id] > DISCARD_BYTES:
                 await self._reset(stream_id, h2.errors.ErrorCodes.NO_ERROR)
         with contextlib.suppress(h2.exceptions.ProtocolError):
             self.connection.acknowledge_received_data(event.flow_controlled_length or 0, stream_id)

@@ -260,7 +260,9 @@ class Connection:
     """One TLS connection. Nothing but cancellation ever leaves `run`.
 
     One task reads and feeds the protocol; the application's tasks write through the protocol.
-    Whoever wants the connection to end tells the reading task, and that one closes it.
+    Whoever wants the connection to end tells the reading task, and only that one tells the
+    protocol: an application's task that did (Hypercorn's does) is cancelled by its own doing, and
+    the streams it had not come to yet would never hear of it.
     """
 
     protocol: Http1Protocol | Http2Protocol
@@ -278,6 +280,7 @@ class Connection:
         self._head_until = math.inf
         self._ending = False
         self._woken = False
+        self._late = False
         self._peer_gone = False
 
     async def run(self) -> None:
@@ -340,11 +343,7 @@ class Connection:
                 self._protocol_send,
             )
             if self._tls.selected_alpn_protocol() == "h2":
-                self.protocol = Http2Protocol(
-                    *arguments,
-                    write_s=self._limits.write_s,
-                    max_discard_bytes=self._limits.max_body_bytes,
-                )
+                self.protocol = Http2Protocol(*arguments, write_s=self._limits.write_s)
             else:
                 self.protocol = Http1Protocol(*arguments, wake=self._wake)
             await self.protocol.initiate()
@@ -372,7 +371,7 @@ class Connection:
                 if not data:
                     self._peer_gone = self._ending = True
             elif trio.current_time() >= self._deadline:
-                self._ending = True
+                self._ending = self._late = True
 
     async def _receive(self) -> bytes | None:
         """What the peer sends; b"" when it is gone, in whatever way; None if interrupted."""
@@ -403,7 +402,6 @@ class Connection:
             await self._write(event.data)
         elif isinstance(event, Closed):
             self._end()
-            await self.protocol.handle(Closed())
         elif isinstance(event, Updated):
             self._idle = event.idle
             if event.idle and self._service.connections.draining:
@@ -428,7 +426,7 @@ class Connection:
                 return
             self._peer_gone = True
             self.close_now()
-        await self.protocol.handle(Closed())
+            self._end()
 
     async def _close(self) -> None:
         """Say goodbye in TLS, then close.
@@ -438,7 +436,7 @@ class Connection:
         and what it sends is dropped for a while.
         """
         gone = (trio.BrokenResourceError, trio.ClosedResourceError)
-        if self._peer_gone or not self.protocol.unread:
+        if self._peer_gone or self._late or not self.protocol.unread:
             with contextlib.suppress(*gone), trio.move_on_after(FLUSH_S):
                 await self._tls.aclose()
             return

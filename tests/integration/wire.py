@@ -236,6 +236,26 @@ def request_headers(method: str, path: str) -> list[Header]:
     ]
 
 
+class RawFrame(Frame):
+    """Bytes that hyperframe would not write."""
+
+    def __init__(self, kind: int, stream_id: int, body: bytes, flags: int) -> None:
+        super().__init__(stream_id)
+        self._bytes = (
+            len(body).to_bytes(3, "big")
+            + bytes([kind, flags])
+            + stream_id.to_bytes(4, "big")
+            + body
+        )
+
+    def serialize(self) -> bytes:
+        return self._bytes
+
+
+def raw_frame(kind: int, stream_id: int, body: bytes, flags: int = 0) -> Frame:
+    return RawFrame(kind, stream_id, body, flags)
+
+
 __all__ = [
     "PATIENCE_S",
     "PREFACE",
@@ -250,9 +270,10 @@ __all__ = [
     "PingFrame",
     "RstStreamFrame",
     "SettingsFrame",
-    "Wire",
     "WindowUpdateFrame",
+    "Wire",
     "connect_tcp",
+    "raw_frame",
     "request_headers",
     "reset",
 ]
