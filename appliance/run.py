@@ -220,6 +220,7 @@ class _Appliance:
                 limits=self.config.limits,
                 lifecycle=self.lifecycle,
                 admission=self.admission,
+                metrics=self.metrics,
                 log=self.log,
             )
             helpers.cancel_scope.cancel()

@@ -65,6 +65,16 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
+        self.connections_refused = Counter(
+            "dcv_connections_refused",
+            "Connections closed before their handshake: one too many in all, or of one peer",
+            registry=self.registry,
+        )
+        self.contained_errors = Counter(
+            "dcv_contained_errors",
+            "Connections that ended with an error in the server's own code",
+            registry=self.registry,
+        )
         state = Gauge("dcv_state", "1 for the current state", ["state"], registry=self.registry)
         for possible in State:
             read = partial(_is_current, lifecycle, possible)

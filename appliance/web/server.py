@@ -51,6 +51,7 @@ from appliance.errors import ListenError, NotServing
 from appliance.log import Log
 from appliance.serving.admission import Admission
 from appliance.serving.lifecycle import Lifecycle, State
+from appliance.serving.metrics import Metrics
 from appliance.web.http1 import Http1Protocol
 from appliance.web.http2 import MAX_STREAMS, Http2Protocol
 from appliance.web.stream import UncleanEnd
@@ -92,10 +93,12 @@ TCP_OPTIONS = (
 class Connections:
     """Every open connection, and how many each peer holds."""
 
-    def __init__(self, limits: Limits, log: Log) -> None:
+    def __init__(self, limits: Limits, metrics: Metrics, log: Log) -> None:
         self.limits = limits
+        self.metrics = metrics
         self.log = log
         self.draining = False
+        metrics.gauge("dcv_connections_open", "Open connections", lambda: len(self._open))
         self._open = set[Connection]()
         self._per_peer = Counter[str]()
         self._changed = trio.Event()
@@ -141,6 +144,7 @@ class Connections:
 
     def _tell_refused(self) -> None:
         self._refused += 1
+        self.metrics.connections_refused.inc()
         if trio.current_time() - self._told_at >= REFUSAL_LOG_S:
             self.log.warning("connection_refused", open=len(self._open), refused=self._refused)
             self._told_at, self._refused = trio.current_time(), 0
@@ -174,6 +178,7 @@ async def serve(
     limits: Limits,
     lifecycle: Lifecycle,
     admission: Admission,
+    metrics: Metrics,
     log: Log,
 ) -> None:
     """Serve until the appliance leaves `serving`, then drain and return.
@@ -195,7 +200,7 @@ async def serve(
         worker=WorkerContext(None),
         state=lifespan_state,
         tls=context,
-        connections=Connections(limits, log),
+        connections=Connections(limits, metrics, log),
     )
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -314,6 +319,10 @@ class Connection:
         finally:
             connections.leave(self, site)
             peer.close()
+            # The protocol holds us and a trio.SSLStream holds itself. Left to the garbage collector,
+            # which does not see the buffers of OpenSSL, thousands of them would pile up.
+            vars(self).pop("protocol", None)
+            vars(self._tls).clear()
 
     def end_when_idle(self) -> None:
         """End the connection now if nothing is being served on it; else when that has ended."""
@@ -456,6 +465,7 @@ class Connection:
         if any(not isinstance(leaf, OSError) for leaf in leaves):
             names = sorted({type(leaf).__name__ for leaf in leaves})
             self._log.warning("connection_error_contained", errors=names)
+            self._service.connections.metrics.contained_errors.inc()
 
 
 class AppTasks(TaskGroup):

@@ -70,6 +70,8 @@ def development_config(*, engine: str, port: int) -> str:
 
 def write_config(folder: Path, *, engine: str, port: int) -> Path:
     """Write the configuration below `folder`; returns its path."""
+    if not model_directory().exists():
+        raise SystemExit("the embedded model is not here: run `just setup --only model`")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "dcv.toml"
     path.write_text(development_config(engine=engine, port=port), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The real SGLang on this machine's CPU behind the real `dcv serve`, once for the whole suite."""
+"""The real SGLang on this machine's CPU behind the real `dcv serve`, once per module."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def require_engine() -> None:
         pytest.skip("the real engine is not installed here: run `just setup`")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealAppliance]:
     require_engine()
     appliance = start_real_appliance(tmp_path_factory.mktemp("real"))

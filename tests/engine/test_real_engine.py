@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,7 +14,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from serve import MODEL_ID
 
-from tests.engine.conftest import RealAppliance, stop
+from tests.engine.conftest import RealAppliance
 
 pytestmark = pytest.mark.engine
 
@@ -349,51 +346,3 @@ def test_the_engine_listens_on_loopback_only(real: RealAppliance) -> None:
 
     sockets = refuse_exposed(real.engine_pid)
     assert any(entry.port == real.engine_port for entry in sockets)
-
-
-def test_sigterm_lets_the_stream_end_and_leaves_nothing(fresh: RealAppliance) -> None:
-    with (
-        fresh.client() as client,
-        client.stream(
-            "POST",
-            "/v1/chat/completions",
-            json={"model": MODEL_ID, "messages": QUESTION, "stream": True, "temperature": 0},
-        ) as response,
-    ):
-        data = b""
-        for part in response.iter_raw():
-            if not data:
-                fresh.process.send_signal(signal.SIGTERM)
-            data += part
-    assert data.endswith(b"data: [DONE]\n\n")
-    assert stop(fresh) == 0
-    assert not Path(f"/proc/{fresh.engine_pid}").exists()
-
-
-def test_an_engine_killed_in_mid_stream_is_an_error_event_and_an_exit_status(
-    fresh: RealAppliance,
-) -> None:
-    data = b""
-    with (
-        pytest.raises(httpx2.RemoteProtocolError),
-        fresh.client() as client,
-        client.stream(
-            "POST",
-            "/v1/chat/completions",
-            json={
-                "model": MODEL_ID,
-                "messages": STORY,
-                "stream": True,
-                "max_tokens": 2000,
-                "ignore_eos": True,
-            },
-        ) as response,
-    ):
-        for part in response.iter_raw():
-            if not data:
-                os.kill(fresh.engine_pid, signal.SIGKILL)
-            data += part
-    assert b'data: {"error"' in data
-    assert b"[DONE]" not in data
-    assert fresh.process.wait(60) == 70
-    assert "engine_died" in fresh.log()

@@ -348,9 +348,11 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_uncleanly(
             CHAT, chat_body(f"[[mode:slow:20]][[mode:{mode}]] Go", stream=True, n=n, temperature=1)
         )
         response = await connection.read_response()
+        assert b"[DONE]" not in response.body
+        if mode == "garbage_event:2" and response.status == 502:
+            return  # the garbage came with the first events: nothing had been said yet
         assert response.status == 200
         assert not response.clean
-        assert b"[DONE]" not in response.body
         last = json.loads(response.body.rstrip().rpartition(b"data: ")[2])
         assert last["error"]["code"] in {"engine_failed", "engine_protocol_error"}
 

@@ -63,6 +63,9 @@ async def test_every_ending_is_counted_once_under_its_own_name(measured: Running
     assert seen["dcv_request_duration_seconds_count", chat] == 6
     assert seen["dcv_time_to_first_token_seconds_count", chat] == 3
     assert seen["dcv_exchanges_running", ()] == 0
+    assert seen["dcv_connections_open", ()] == 0
+    assert seen["dcv_connections_refused_total", ()] == 0
+    assert seen["dcv_contained_errors_total", ()] == 0
     assert seen["dcv_state", (("state", "serving"),)] == 1
     assert seen["dcv_state", (("state", "booting"),)] == 0
 

@@ -67,6 +67,13 @@ class PlainServer:
             return b" 200 " in await wire.read_to_end()
 
 
+async def read_line(stream: trio.abc.ReceiveStream) -> bytes:
+    line = b""
+    while (byte := await stream.receive_some(1)) not in {b"", b"\n"}:
+        line += byte
+    return line
+
+
 @pytest.fixture
 async def plain(tmp_path: Path) -> AsyncIterator[PlainServer]:
     authority = trustme.CA()
@@ -81,7 +88,7 @@ async def plain(tmp_path: Path) -> AsyncIterator[PlainServer]:
     assert process.stdout is not None
     try:
         with trio.fail_after(PATIENCE_S):
-            port = int(await process.stdout.receive_some())
+            port = int(await read_line(process.stdout))
         server = PlainServer(port, process, authority)
         assert await server.serves()
         yield server
@@ -166,8 +173,8 @@ async def test_an_http2_reader_without_window_makes_it_hold_the_whole_answer(
             await wire.wait_for(DataFrame, 1)
         assert plain.process.stdout is not None
         with trio.fail_after(PATIENCE_S):
-            said = await plain.process.stdout.receive_some()
-        assert said.rstrip() == b"sent"  # the application was told that all is well
+            said = await read_line(plain.process.stdout)
+        assert said == b"sent"  # the application was told that all is well
         assert plain.resident_bytes() - before > 0.8 * ANSWER_BYTES
 
 
