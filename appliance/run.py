@@ -211,6 +211,8 @@ class _Appliance:
             if self.config.tls.chain_file:
                 await helpers.start(self._watch_chain, booted)
             self.lifecycle.enter(State.SERVING)
+            if self.booting.cancel_called:  # told to stop after the stages that could be cancelled
+                self.drain()
             notifier.ready()
             self.log.info("serving", urls=self.urls, model=self.config.model.id)
             await serve(
@@ -250,8 +252,8 @@ class _Appliance:
         keys: EngineKeys,
         task_status: trio.TaskStatus[RunningEngine],
     ) -> None:
-        """Supervise the engine. Once the appliance serves, the engine's end withdraws it; running
-        exchanges notice by themselves, their connections are gone."""
+        """Supervise the engine. Once the appliance serves, the engine's failure withdraws it, and
+        running exchanges are ended with the reason."""
         try:
             await supervise(
                 command,
@@ -259,11 +261,16 @@ class _Appliance:
                 self.config.engine,
                 log=self.log,
                 progress=self.lifecycle.describe,
+                failed=self._engine_failed,
                 task_status=task_status,
             )
-        except EngineError as error:
-            if self.lifecycle.state not in (State.SERVING, State.DRAINING):
+        except EngineError:
+            if self.lifecycle.state is not State.WITHDRAWN:
                 raise
+
+    def _engine_failed(self, error: EngineError) -> None:
+        """Withdraw at once: a hung engine may take its whole grace to be stopped."""
+        if self.lifecycle.state in (State.SERVING, State.DRAINING):
             self.log.error("withdrawn", code=error.code, error=error.message)
             self.metrics.engine_failures.labels(error.code).inc()
             self.lifecycle.enter(State.WITHDRAWN, error=error)

@@ -118,6 +118,7 @@ async def supervise(
     *,
     log: Log,
     progress: Callable[[str], None],
+    failed: Callable[[EngineError], None],
     task_status: trio.TaskStatus[RunningEngine] = trio.TASK_STATUS_IGNORED,
 ) -> NoReturn:
     """Run the engine until cancelled.
@@ -125,6 +126,7 @@ async def supervise(
     Args:
         command: what to start. keys: the ones in its settings.
         progress: told in a few words what the starting engine is doing.
+        failed: told the engine's error at once, before the engine is stopped, which may take long.
         task_status: started with the engine once it is ready and listens on loopback only.
 
     Raises:
@@ -143,6 +145,11 @@ async def supervise(
                 listening = await nursery.start(_listen, guarded, log, progress)
                 try:
                     await _run(guarded, command, keys, config, log, task_status)
+                except BaseExceptionGroup as group:  # looked at, and raised again
+                    errors = group.split(EngineError)[0]
+                    if errors is not None:
+                        failed(_leaf(errors))
+                    raise
                 finally:
                     await _stop(guarded, config, log)
                     listening.deadline = trio.current_time() + LAST_WORDS_S
@@ -181,10 +188,15 @@ def _raise_the_leaf(group: BaseExceptionGroup[BaseException]) -> NoReturn:
     errors, others = group.split(EngineError)
     if errors is None or (others is not None and others.split(trio.Cancelled)[1] is not None):
         raise group
+    raise _leaf(errors)
+
+
+def _leaf(errors: BaseExceptionGroup[EngineError]) -> EngineError:
     leaf: BaseException = errors
     while isinstance(leaf, BaseExceptionGroup):
         leaf = leaf.exceptions[0]
-    raise leaf
+    assert isinstance(leaf, EngineError)
+    return leaf
 
 
 async def _run(

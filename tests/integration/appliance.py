@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import secrets
 import ssl
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +171,7 @@ async def start_appliance(
     modes: tuple[str, ...] = (),
     sections: Sections | None = None,
     notifier: Notifier | None = None,
+    random: Callable[[int], bytes] = secrets.token_bytes,
 ) -> RunningAppliance:
     """Start an appliance in the nursery and wait until it serves."""
     config = parse_config(config_text(folder, modes, sections), folder=folder)
@@ -178,7 +180,7 @@ async def start_appliance(
     ended, result = trio.Event(), list[ApplianceError | None]()
 
     async def live() -> None:
-        result.append(await run(config, log=log, notifier=notifier or Notifier()))
+        result.append(await run(config, log=log, notifier=notifier or Notifier(), random=random))
         ended.set()
 
     nursery.start_soon(live)

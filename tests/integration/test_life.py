@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -139,6 +140,54 @@ async def test_an_engine_that_hangs_withdraws_the_appliance(
     await ended(appliance)
     [error] = appliance.result
     assert isinstance(error, EngineHung)
+
+
+async def test_a_hung_engine_ends_streams_before_it_is_stopped(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(
+        nursery,
+        tmp_path,
+        sections={
+            "engine": {
+                "health_interval_s": 0.2,
+                "health_deadline_s": 0.3,
+                "health_failures": 2,
+                "stop_grace_s": 8.0,
+            }
+        },
+        modes=("health_delay:0.01", "ignore_sigterm"),
+    )
+    async with RawConnection.open(appliance) as running:
+        await running.post(CHAT, slow_chat(tokens=5000))
+        await running.read_some(1)
+        await appliance.engine_control({"set": {"stop_health": ""}})
+        began = trio.current_time()
+        response = await running.read_response()
+        assert trio.current_time() - began < 5
+    assert not response.clean
+    assert b'"code":"engine_hung"' in response.body
+    await ended(appliance)
+    assert isinstance(appliance.result[0], EngineHung)
+
+
+async def test_a_sigterm_between_boot_and_serving_is_not_lost(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def random(size: int) -> bytes:
+        """The third draw, the cache secret, is made after the boot and before the listener."""
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return secrets.token_bytes(size)
+
+    appliance = await start_appliance(nursery, tmp_path, random=random)
+    assert calls == 3
+    await ended(appliance)
+    assert appliance.result == [None]
 
 
 async def test_waiting_requests_get_an_answer_when_the_engine_dies(
