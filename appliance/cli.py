@@ -110,8 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         help="boot the appliance and serve",
         description="Boot in numbered stages, then serve until SIGTERM, which drains.",
-        epilog="Exit status: 0 stopped in order, 69 the engine did not start, 70 the engine died "
-        "or a defect, 71 the port cannot be opened, 78 the configuration or the model is wrong.",
+        epilog="Exit status: 0 stopped in order, 69 the engine did not start or evidence could "
+        "not be had, 70 the engine died or a defect, 71 the port cannot be opened, 77 the evidence "
+        "does not hold, 78 the configuration or the model is wrong.",
     )
     serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file")
     serve.add_argument(

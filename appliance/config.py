@@ -27,6 +27,8 @@ Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=86_400)]
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Sha256Hex: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Sha256Digest: TypeAlias = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+Svn: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 
 # What makes SGLang log or dump content, listen elsewhere, hand its cache or its requests to another
 # process, or run code and load weights that were not measured. A name is
@@ -303,6 +305,127 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     max_model_len: Count | None = None
 
 
+TeeType: TypeAlias = Literal["sev_snp", "tdx", "azure_vtpm", "tpm2", "unsafe_simulated"]
+
+
+class TcbFloor(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[policy.minimum_tcb]`: AMD's security version numbers, each at least this.
+
+    Attributes:
+        fmc: Turin and later; not asked of earlier ones, which have none.
+        bootloader, tee, snp, microcode: as in the report's REPORTED_TCB.
+    """
+
+    fmc: Svn = 0
+    bootloader: Svn = 0
+    tee: Svn = 0
+    snp: Svn = 0
+    microcode: Svn = 0
+
+
+class Policy(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[policy]`: what evidence must say. The appliance holds itself to this table before it
+    serves; `dcv verify --policy FILE` reads one too, the relying party's own.
+
+    Attributes:
+        tee_types: of the CPU evidence. `tpm2` and `unsafe_simulated` protect no memory and are at
+            best a warning.
+        gpus: `unsafe_simulated` accepts evidence under the published test root, as a warning;
+            `unsafe_none` accepts an appliance without GPUs.
+        gpu_architectures: chips by NVIDIA's name.
+        gpu_drivers, gpu_vbios: exact versions; empty accepts any whose reference values match.
+        revocation: what a missing answer about a certificate's revocation is. A certificate that
+            is known to be revoked is never accepted.
+        expired_rims: what reference values are whose signer's certificate has expired.
+        minimum_tcb: the floor of SEV-SNP's security versions.
+        vmpl: privilege levels that may have asked for a SEV-SNP report.
+        tdx_statuses: Intel's TCB statuses that are accepted without a finding.
+        secure_boot: of machines that claim it (Azure).
+        images: digests of UKIs that are accepted; empty accepts any in the reference values.
+        models: digests of models that are accepted; empty accepts any.
+        engine_settings: digests of engine settings that are accepted; empty accepts any.
+        deterministic: `required` refuses an engine whose settings are not deterministic.
+    """
+
+    tee_types: tuple[TeeType, ...] = ("sev_snp", "tdx", "azure_vtpm")
+    gpus: Literal["nvidia", "unsafe_simulated", "unsafe_none"] = "nvidia"
+    gpu_architectures: tuple[Name, ...] = ("GH100",)
+    gpu_drivers: tuple[Name, ...] = ()
+    gpu_vbios: tuple[Name, ...] = ()
+    revocation: Literal["required", "warn"] = "warn"
+    expired_rims: Literal["refuse", "warn"] = "refuse"
+    minimum_tcb: TcbFloor = TcbFloor()
+    vmpl: tuple[Annotated[int, Meta(ge=0, le=3)], ...] = (0,)
+    tdx_statuses: tuple[Name, ...] = ("UpToDate",)
+    secure_boot: Literal["required", "unsafe_any"] = "required"
+    images: tuple[Sha256Digest, ...] = ()
+    models: tuple[Sha256Digest, ...] = ()
+    engine_settings: tuple[Sha256Digest, ...] = ()
+    deterministic: Literal["required", "any"] = "any"
+
+
+class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[attestation]`: how this machine proves itself. Durations in seconds.
+
+    Attributes:
+        cpu: what the CPU evidence is; it must be there, nothing is probed for.
+        gpu: what the GPU evidence is. `unsafe_none` runs without.
+        gpu_count: GPUs that must be there.
+        attester_socket: Unix socket of the collector; empty starts `dcv attester` as a child.
+        tsm_dir: where configfs-tsm is mounted.
+        tpm: `device:PATH` or `swtpm:host=HOST,port=PORT`, as tpm2-tools spell a TCTI.
+        tpm_ak_handle, tpm_ak_certificate_index: persistent handle of the attestation key, NV index
+            of its certificate (`tpm2`; the defaults are Google's, for RSA keys).
+        tpm_roots_file: PEM of the vendor roots that the AK certificate must lead to (`tpm2`).
+        collect_s: one collection of evidence, all GPUs.
+        interval_s: between re-attestations while serving; each is up to a tenth later.
+        failures: collections that may fail in a row before the appliance withdraws.
+        endorsements_dir: cache of what vendors vouch for; may hold files put there in advance.
+        endorsements: `offline` never asks a vendor.
+        rim_dirs: folders with reference values that came with the image.
+        rim_url, ocsp_url, kds_url, pcs_url, imds_url: where vendors answer.
+        endorsement_s: one question to a vendor.
+        nvidia_sdk: NVIDIA's own verifier at boot: not asked, asked and recorded, or must agree.
+        nvidia_sdk_python: interpreter of its own environment.
+        nvidia_sdk_mode: `local` verifies here, `remote` asks NVIDIA's service (NRAS).
+        nvidia_sdk_s: its whole run.
+        keyset_s: how long a keyset is valid.
+        unsafe_max_evidence_age_s: a request may use GPU evidence up to this old; 0 never.
+        simulated_latency_s: of the simulated GPU's report.
+        simulated_fault: what the simulated hardware does wrong; `none` nothing.
+    """
+
+    cpu: Literal["tdx", "sev_snp", "azure_vtpm", "tpm2", "simulated"]
+    gpu: Literal["nvidia", "simulated", "unsafe_none"] = "nvidia"
+    gpu_count: Annotated[int, Meta(ge=1, le=16)] = 1
+    attester_socket: str = ""
+    tsm_dir: str = "/sys/kernel/config/tsm/report"
+    tpm: str = "device:/dev/tpmrm0"
+    tpm_ak_handle: Annotated[int, Meta(ge=0x81000000, le=0x81FFFFFF)] = 0x81010001
+    tpm_ak_certificate_index: Annotated[int, Meta(ge=0x01000000, le=0x01FFFFFF)] = 0x01C10000
+    tpm_roots_file: str = ""
+    collect_s: Seconds = 30.0
+    interval_s: Seconds = 60.0
+    failures: Annotated[int, Meta(ge=1, le=100)] = 3
+    endorsements_dir: str = "endorsements"
+    endorsements: Literal["online", "offline"] = "online"
+    rim_dirs: tuple[str, ...] = ()
+    rim_url: str = "https://rim.attestation.nvidia.com/v1/rim"
+    ocsp_url: str = "https://ocsp.ndis.nvidia.com"
+    kds_url: str = "https://kdsintf.amd.com"
+    pcs_url: str = "https://api.trustedservices.intel.com"
+    imds_url: str = "http://169.254.169.254"
+    endorsement_s: Seconds = 10.0
+    nvidia_sdk: Literal["off", "record", "require"] = "off"
+    nvidia_sdk_python: str = ""
+    nvidia_sdk_mode: Literal["local", "remote"] = "local"
+    nvidia_sdk_s: Seconds = 120.0
+    keyset_s: Annotated[float, Meta(gt=60, le=86_400)] = 86_400.0
+    unsafe_max_evidence_age_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    simulated_latency_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    simulated_fault: str = "none"
+
+
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
     """`[log]`: structured lines on standard error; `auto` is pretty on a terminal, else JSON."""
 
@@ -314,6 +437,8 @@ class MeasuredConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file. In the image it lies under dm-verity, hence its name."""
 
     model: Model
+    attestation: Attestation
+    policy: Policy = Policy()
     listen: Listen = Listen()
     tls: Tls = Tls()
     auth: Auth = Auth()
@@ -355,6 +480,7 @@ def parse_config(text: str, *, folder: Path) -> MeasuredConfig:
     _check_listen(config.listen)
     _check_engine(config.engine)
     _check_auth(config)
+    _check_attestation(config)
     return config
 
 
@@ -413,6 +539,15 @@ def _resolve_paths(config: MeasuredConfig, folder: Path) -> MeasuredConfig:
             client_ca_file=absolute(config.tls.client_ca_file),
         ),
         model=replace(config.model, path=absolute(config.model.path)),
+        attestation=replace(
+            config.attestation,
+            attester_socket=absolute(config.attestation.attester_socket),
+            tsm_dir=absolute(config.attestation.tsm_dir),
+            tpm_roots_file=absolute(config.attestation.tpm_roots_file),
+            endorsements_dir=absolute(config.attestation.endorsements_dir),
+            rim_dirs=tuple(absolute(path) for path in config.attestation.rim_dirs),
+            nvidia_sdk_python=absolute(config.attestation.nvidia_sdk_python),
+        ),
         engine=replace(
             config.engine,
             python=absolute(config.engine.python),
@@ -445,6 +580,22 @@ def _check_auth(config: MeasuredConfig) -> None:
     ):
         if len(set(values)) != len(values):
             raise ConfigError(f"[auth] keys: expected every {what} once")
+
+
+def _check_attestation(config: MeasuredConfig) -> None:
+    """The evidence that is configured is evidence that the appliance's own policy accepts: the
+    boot would find out, but only once the machine was asked."""
+    attestation, policy = config.attestation, config.policy
+    tee_type = "unsafe_simulated" if attestation.cpu == "simulated" else attestation.cpu
+    if tee_type not in policy.tee_types:
+        raise ConfigError(
+            f"[policy] tee_types: does not list `{tee_type}`, which [attestation] cpu needs"
+        )
+    gpus = "unsafe_simulated" if attestation.gpu == "simulated" else attestation.gpu
+    if gpus != policy.gpus:
+        raise ConfigError(f"[policy] gpus: expected `{gpus}`, which [attestation] gpu needs")
+    if attestation.nvidia_sdk != "off" and not attestation.nvidia_sdk_python:
+        raise ConfigError("[attestation] nvidia_sdk_python: missing (its own environment's)")
 
 
 def _is_loopback(host: str) -> bool:

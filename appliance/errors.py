@@ -20,6 +20,19 @@ Whose fault it is comes first, because that decides what happens next:
     │   ├── RateLimited                           the API key's own limit
     │   ├── Overloaded                            everybody's
     │   └── NotServing
+    ├── EvidenceError              the evidence does not hold: nothing it says may be believed
+    │   ├── Unauthentic                           signature, chain to the pinned root, form
+    │   ├── Revoked                               an issuer took a certificate back
+    │   ├── Stale                                 not the nonce asked for, or outside its time
+    │   ├── Unbound                               it is about something else
+    │   └── Contraindicated                       authentic, and not what the policy wants
+    ├── AttesterError              this machine's evidence could not be had
+    │   ├── ProviderAbsent                        what the configuration requires is not there
+    │   ├── DeviceFault                           the device did not answer, or answered nonsense
+    │   └── AttesterUnavailable                   the collector is gone, hangs or speaks nonsense
+    ├── EndorsementsUnavailable    what others vouch for could not be had
+    ├── SecondOpinionFailed        the vendor's own verifier came to no verdict, or to another
+    ├── VerificationIncomplete     the relying party could not check: nothing is known
     └── EngineError                the engine's
         ├── EngineStartFailed  EngineExposed          it never became usable
         ├── EngineDied  EngineHung                    it stopped being usable
@@ -41,6 +54,7 @@ EX_USAGE = 64
 EX_UNAVAILABLE = 69
 EX_SOFTWARE = 70
 EX_OSERR = 71
+EX_NOPERM = 77
 EX_CONFIG = 78
 
 
@@ -222,6 +236,91 @@ class Overloaded(CapacityError):
 class NotServing(CapacityError):
     code = "not_serving"
     advice = "Read `dcv status`: the appliance is booting, draining or withdrawn."
+
+
+class EvidenceError(ApplianceError):
+    """Evidence that does not hold. `authenticate` raises the first one: after a bad signature
+    nothing that follows means anything."""
+
+    http_status = 503
+    exit_status = EX_NOPERM
+    client = "Do not send anything; tell the operator what the message says."
+
+
+class Unauthentic(EvidenceError):
+    code = "unauthentic"
+    advice = (
+        "The evidence was altered, or comes from no device of the vendor's: use other hardware."
+    )
+
+
+class Revoked(EvidenceError):
+    code = "revoked"
+    advice = "The vendor took this certificate back: update the firmware or replace the device."
+
+
+class Stale(EvidenceError):
+    code = "stale"
+    advice = "Ask for evidence again, with a new nonce; check the machine's clock."
+
+
+class Unbound(EvidenceError):
+    code = "unbound"
+    advice = "The evidence is about another machine, key or exchange: collect all of it anew."
+
+
+class Contraindicated(EvidenceError):
+    """Authentic evidence that the policy refuses; the message names every finding."""
+
+    code = "contraindicated"
+    advice = "Bring the machine to what the policy expects; each finding says what that is."
+
+
+class AttesterError(ApplianceError):
+    code = "attestation_failed"
+    http_status = 503
+    exit_status = EX_UNAVAILABLE
+    client = "Try again later: the appliance could not prove itself, so nothing was sent on."
+
+
+class ProviderAbsent(AttesterError):
+    code = "provider_absent"
+    exit_status = EX_CONFIG
+    advice = "Run on a machine that has what [attestation] requires, or change what it requires."
+
+
+class DeviceFault(AttesterError):
+    code = "device_fault"
+    advice = "Read the attester's log; a device that keeps failing needs a reset or a replacement."
+
+
+class AttesterUnavailable(AttesterError):
+    code = "attester_unavailable"
+    advice = "Read the attester's log and `systemctl status dcv-attester`."
+
+
+class EndorsementsUnavailable(ApplianceError):
+    code = "endorsements_unavailable"
+    http_status = 503
+    exit_status = EX_UNAVAILABLE
+    client = "Try again later: revocation or reference values could not be had."
+    advice = "Check the endpoints in [attestation] and the network, or put the files in its store."
+
+
+class SecondOpinionFailed(ApplianceError):
+    code = "second_opinion_failed"
+    http_status = 503
+    exit_status = EX_NOPERM
+    advice = "Compare both findings; [attestation] nvidia_sdk = `record` boots without agreement."
+
+
+class VerificationIncomplete(ApplianceError):
+    """Nothing was learnt about the appliance, neither good nor bad."""
+
+    code = "could_not_verify"
+    exit_status = EX_UNAVAILABLE
+    client = "Check the address and the files; nothing was verified."
+    advice = "Check the address, the files and the network."
 
 
 class EngineError(ApplianceError):

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from appliance import errors
-from appliance.config import ApiKey, MeasuredConfig
+from appliance.config import ApiKey, MeasuredConfig, TcbFloor
 from appliance.errors import ApplianceError, BootError
 
 DOCS = Path(__file__).parent
@@ -43,6 +43,8 @@ def configuration_page() -> str:
         parts += _section(field.name, field.type)
         if field.name == "auth":
             parts += _section("auth.keys", ApiKey, array=True)
+        if field.name == "policy":
+            parts += _section("policy.minimum_tcb", TcbFloor)
     return "\n\n".join(parts) + "\n"
 
 

@@ -60,6 +60,8 @@ def development_config(*, engine: str, port: int) -> str:
         "listen": listen,
         "tls": tls,
         "auth": {"mode": "loopback"},
+        "attestation": {"cpu": "simulated", "gpu": "simulated"},
+        "policy": {"tee_types": ["unsafe_simulated"], "gpus": "unsafe_simulated"},
         "limits": {"drain_s": 10.0},
         "engine": settings,
         "model": model,

@@ -133,6 +133,8 @@ def config_text(folder: Path, modes: tuple[str, ...] = (), sections: Sections | 
             "ready_deadline_s": 30.0,
         },
         "auth": {"mode": "loopback"},
+        "attestation": {"cpu": "simulated", "gpu": "simulated"},
+        "policy": {"tee_types": ["unsafe_simulated"], "gpus": "unsafe_simulated"},
         "limits": {"drain_s": 2.0},
         "log": {"format": "json", "level": "debug"},
     }

@@ -27,6 +27,9 @@ files = {{"model.safetensors" = "{SHA256}"}}
 [auth]
 mode = "loopback"
 
+[attestation]
+cpu = "sev_snp"
+
 [engine]
 python = "venv/bin/python"
 """

@@ -10,6 +10,7 @@ import pytest
 import appliance.errors
 from appliance.errors import (
     EX_CONFIG,
+    EX_NOPERM,
     EX_OSERR,
     EX_SOFTWARE,
     EX_UNAVAILABLE,
@@ -77,7 +78,7 @@ def test_every_leaf_has_a_status_that_says_whose_fault_it_is(leaf: type[Applianc
     clients = leaf.type != "server_error"
     if leaf is not EngineRefused:  # its status is the engine's
         assert leaf.http_status // 100 == (4 if clients else 5)
-    assert leaf.exit_status in {EX_CONFIG, EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE}
+    assert leaf.exit_status in {EX_CONFIG, EX_NOPERM, EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE}
     assert re.fullmatch(r"(invalid_request|authentication|rate_limit|server)_error", leaf.type)
 
 

@@ -1,0 +1,1 @@
+"""What others vouch for: reference values, certificates, revocation. Fetched, cached, bounded."""

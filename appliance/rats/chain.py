@@ -1,0 +1,187 @@
+"""X.509 paths to a pinned root, at a given time.
+
+RFC 5280 section 6.1, narrowed to what attestation chains are: the path is given in order, leaf
+first, nobody searches for another one; the root is the pinned one, whatever was presented in its
+place; names must chain; every issuer is a CA whose path length allows its place. Revocation is
+asked elsewhere (`rats.revocation`), extended key usages and name constraints do not occur.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from appliance.errors import Malformed, Stale, Unauthentic
+
+_E = TypeVar("_E", bound=x509.ExtensionType)
+
+MAX_CERTIFICATES = 16
+"""Of one chain; NVIDIA's have five, AMD's three."""
+
+MAX_CERTIFICATE_BYTES = 64 << 10
+
+KNOWN_CRITICAL = frozenset(
+    {
+        x509.BasicConstraints.oid,
+        x509.KeyUsage.oid,
+        x509.ExtendedKeyUsage.oid,
+    }
+)
+"""Extensions that may be critical, because this module or its caller reads them (RFC 5280 4.2)."""
+
+
+def parse_pem_chain(pem: bytes, *, field: str) -> tuple[x509.Certificate, ...]:
+    """The certificates of a PEM text, in its order. None of them is trustworthy yet.
+
+    Raises:
+        Malformed: no certificate, too many, too large, or one that does not parse.
+    """
+    count = pem.count(b"-----BEGIN CERTIFICATE-----")
+    if not 0 < count <= MAX_CERTIFICATES:
+        raise Malformed(
+            f"{field}: expected 1 to {MAX_CERTIFICATES} certificates, got {count}", field=field
+        )
+    if len(pem) > MAX_CERTIFICATES * MAX_CERTIFICATE_BYTES:
+        raise Malformed(f"{field}: expected at most 1 MiB of certificates", field=field)
+    try:
+        return tuple(x509.load_pem_x509_certificates(pem))
+    except (ValueError, TypeError, x509.InvalidVersion):
+        raise Malformed(f"{field}: expected PEM certificates", field=field) from None
+
+
+def parse_der_certificate(der: bytes, *, field: str) -> x509.Certificate:
+    """One DER certificate. It is not trustworthy yet.
+
+    Raises:
+        Malformed: too large, or does not parse.
+    """
+    if len(der) > MAX_CERTIFICATE_BYTES:
+        raise Malformed(f"{field}: expected at most 64 KiB", field=field)
+    try:
+        return x509.load_der_x509_certificate(der)
+    except (ValueError, TypeError, x509.InvalidVersion):
+        raise Malformed(f"{field}: expected a DER certificate", field=field) from None
+
+
+def authenticate_path(
+    presented: Sequence[x509.Certificate],
+    *,
+    roots: Iterable[x509.Certificate],
+    at: datetime.datetime,
+    what: str,
+) -> tuple[x509.Certificate, ...]:
+    """Check a path and return it, leaf first, ending with the pinned root.
+
+    Args:
+        presented: leaf first, each issued by the next; the root may be left out. A presented
+            self-signed last certificate counts for nothing: the pinned root of its name stands in.
+        roots: the pinned ones; trusted without their own signature, held to their validity.
+        at: timezone-aware.
+        what: whose chain, for messages.
+
+    Raises:
+        Malformed: an extension that does not parse.
+        Unauthentic: no pinned root, a bad signature, a name that does not chain, an issuer that
+            is no CA or too far up, a critical extension nobody here knows.
+        Stale: `at` is outside the validity of one of them.
+    """
+    if not 0 < len(presented) <= MAX_CERTIFICATES:
+        raise Unauthentic(f"{what}: expected 1 to {MAX_CERTIFICATES} certificates")
+    # 1. The pinned root in place of the presented one.
+    below = list(presented)
+    if len(below) > 1 and below[-1].subject == below[-1].issuer:
+        below.pop()
+    candidates = [root for root in roots if root.subject == below[-1].issuer]
+    if not candidates:
+        issuer = below[-1].issuer.rfc4514_string()
+        raise Unauthentic(f"{what}: expected an issuer that is pinned, got {issuer}")
+    # 2. Signatures and names: each by the next; of several pinned roots of one name (AMD reissues
+    #    under the same one) the one that fits.
+    path = (*below, _issuer_of(below[-1], candidates, what))
+    for subject, issuer in itertools.pairwise(below):
+        _check_issued_by(subject, issuer, what)
+    # 3. Validity, CA flags, path lengths, extensions: of every certificate, the root's too.
+    for depth, certificate in enumerate(path):
+        named = f"{what}: {_name(certificate)}"
+        _check_validity(certificate, at, named)
+        _check_extensions(certificate, depth, named)
+    return path
+
+
+def sha256_of(certificate: x509.Certificate) -> str:
+    """Lowercase hex SHA-256 of its DER bytes."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def der_of(certificate: x509.Certificate) -> bytes:
+    """Its DER bytes."""
+    return certificate.public_bytes(Encoding.DER)
+
+
+def _issuer_of(
+    certificate: x509.Certificate, candidates: Sequence[x509.Certificate], what: str
+) -> x509.Certificate:
+    for candidate in candidates[:-1]:
+        try:
+            _check_issued_by(certificate, candidate, what)
+        except Unauthentic:
+            continue
+        return candidate
+    _check_issued_by(certificate, candidates[-1], what)
+    return candidates[-1]
+
+
+def _check_issued_by(subject: x509.Certificate, issuer: x509.Certificate, what: str) -> None:
+    try:
+        subject.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        raise Unauthentic(
+            f"{what}: {_name(subject)}: expected the signature of {_name(issuer)}"
+        ) from None
+
+
+def _check_validity(certificate: x509.Certificate, at: datetime.datetime, name: str) -> None:
+    start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not start <= at <= end:
+        raise Stale(f"{name}: valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, not at {at:%Y-%m-%d}")
+
+
+def _check_extensions(certificate: x509.Certificate, depth: int, name: str) -> None:
+    """`depth` is 0 for the leaf; an issuer at depth n has n - 1 intermediates below it."""
+    try:
+        extensions = certificate.extensions
+    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise Malformed(f"{name}: expected extensions that parse", field="extensions") from None
+    for extension in extensions:
+        if extension.critical and extension.oid not in KNOWN_CRITICAL:
+            raise Unauthentic(f"{name}: unknown critical extension {extension.oid.dotted_string}")
+    if depth == 0:
+        return
+    constraints = _value(extensions, x509.BasicConstraints)
+    if constraints is None or not constraints.ca:
+        raise Unauthentic(f"{name}: expected a CA certificate")
+    if constraints.path_length is not None and constraints.path_length < depth - 1:
+        raise Unauthentic(
+            f"{name}: expected at most {constraints.path_length} CAs below it, got {depth - 1}"
+        )
+    usage = _value(extensions, x509.KeyUsage)
+    if usage is not None and not usage.key_cert_sign:
+        raise Unauthentic(f"{name}: expected a key that may sign certificates")
+
+
+def _value(extensions: x509.Extensions, kind: type[_E]) -> _E | None:
+    try:
+        return extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _name(certificate: x509.Certificate) -> str:
+    return f"`{certificate.subject.rfc4514_string()}`"

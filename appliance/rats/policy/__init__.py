@@ -1,0 +1,1 @@
+"""Appraisal: small classes, each holding claims to one rule and saying what it found."""

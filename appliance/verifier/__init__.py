@@ -1,0 +1,1 @@
+"""The relying party: fetches, checks and shows. Needs no server, engine or device."""
