@@ -100,8 +100,8 @@ def authenticate_path(
         below.pop()
     candidates = [root for root in roots if root.subject == below[-1].issuer]
     if not candidates:
-        issuer = below[-1].issuer.rfc4514_string()
-        raise Unauthentic(f"{what}: expected an issuer that is pinned, got {issuer}")
+        got = below[-1].issuer.rfc4514_string()
+        raise Unauthentic(f"{what}: expected an issuer that is pinned, got {got}")
     # 2. Signatures and names: each by the next; of several pinned roots of one name (AMD reissues
     #    under the same one) the one that fits.
     path = (*below, _issuer_of(below[-1], candidates, what))
