@@ -1,4 +1,4 @@
-"""Keys born at boot, in memory, one role each. So far: TLS.
+"""Keys born at boot, in memory, one role each: TLS, receipts, checkpoints.
 
 The certificate is self-signed: what makes the key trustworthy is evidence that binds it, never a
 name. It names hosts only so that ordinary TLS clients can be told to trust it. An operator who
@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from appliance.wire.identity import PublicKey
 
 LIFETIME = datetime.timedelta(days=397)
 """What TLS clients still accept; the process hardly lives as long, and the key dies with it."""
@@ -92,6 +95,29 @@ class TlsIdentity:
             context.load_cert_chain(f"/proc/self/fd/{descriptor}")
         finally:
             os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class SigningKey:
+    """An Ed25519 key of one role.
+
+    Attributes:
+        public: its public half under its `key_id`, which begins with the role.
+    """
+
+    public: PublicKey
+    _key: Ed25519PrivateKey = field(repr=False)
+
+    def sign(self, data: bytes) -> bytes:
+        """A signature over `data`, 64 bytes (RFC 8032 section 5.1.6)."""
+        return self._key.sign(data)
+
+
+def create_signing_key(role: str) -> SigningKey:
+    """A new key; `role` is `receipt` or `checkpoint`. No key ever has two roles."""
+    key = Ed25519PrivateKey.generate()
+    raw = key.public_key().public_bytes_raw()
+    return SigningKey(PublicKey(f"{role}-{hashlib.sha256(raw).hexdigest()[:16]}", raw), key)
 
 
 def create_tls_identity(names: Iterable[str], *, now: datetime.datetime) -> TlsIdentity:

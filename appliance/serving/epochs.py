@@ -1,0 +1,250 @@
+"""Fresh GPU evidence for everybody who waits, at the pace of the device.
+
+A GPU takes a while for a report and makes one at a time. So whoever comes while it is busy waits
+for the next **epoch**: one Merkle tree over the commitments of all who wait, one collection whose
+nonce commits to its root, one appraisal; then all of them go on, each with the path from its own
+leaf (protocol.md section 2). An epoch is closed the moment the device is free, so nobody waits
+for two whole collections.
+
+`run` is the only task that talks to the device. Who waits may be cancelled at any moment: before
+the epoch is formed it leaves no leaf, afterwards its leaf stays and nobody looks at it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from appliance.errors import (
+    ApplianceError,
+    AttesterError,
+    AttesterUnavailable,
+    EvidenceError,
+    Overloaded,
+)
+from appliance.log import Log
+from appliance.rats.result import AttestationResult
+from appliance.wire.commitments import Inclusion, Kind, epoch_nonce, gpu_evidence_digest
+from appliance.wire.evidence import GpuEvidence
+from appliance.wire.merkle import MAX_LEAVES, MerkleTree
+
+MAX_WAITING = 8 * MAX_LEAVES
+"""Members in line; far beyond what admission lets through."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One collection of GPU evidence that was appraised and not contraindicated.
+
+    Attributes:
+        keyset_digest: 32 bytes, the keyset's that was current.
+        evidence_digest: 32 bytes, over `gpus`.
+        collected_at: Unix seconds.
+    """
+
+    keyset_digest: bytes
+    tree: MerkleTree
+    gpus: tuple[GpuEvidence, ...]
+    result: AttestationResult
+    evidence_digest: bytes
+    collected_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attested:
+    """A member's share of an epoch."""
+
+    epoch: Epoch
+    inclusion: Inclusion
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    kind: Kind
+    commitment: bytes
+    settled: trio.Event = field(default_factory=trio.Event)
+    attested: Attested | None = None
+    error: ApplianceError | None = None
+
+
+Collect = Callable[[bytes], Awaitable[tuple[GpuEvidence, ...]]]
+Appraise = Callable[[tuple[GpuEvidence, ...], bytes], Awaitable[AttestationResult]]
+
+
+class Epochs:
+    """Forms epochs, one after the other.
+
+    Args:
+        collect: evidence of every GPU over a 32-byte nonce; raises AttesterError.
+        appraise: the verdict on it; raises EvidenceError where it does not hold.
+        keyset_digest: the current one, 32 bytes.
+        deadline_s: of one collection.
+        failures: collections that may fail in a row.
+        withdraw: told when the appliance must not go on: evidence that does not hold, at once;
+            a device that fails, after `failures`.
+        now: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        collect: Collect,
+        appraise: Appraise,
+        keyset_digest: Callable[[], bytes],
+        deadline_s: float,
+        failures: int,
+        withdraw: Callable[[ApplianceError], None],
+        now: Callable[[], float],
+        log: Log,
+    ) -> None:
+        self._collect = collect
+        self._appraise = appraise
+        self._keyset_digest = keyset_digest
+        self._deadline_s = deadline_s
+        self._failures_allowed = failures
+        self._withdraw = withdraw
+        self._now = now
+        self._log = log
+        self._waiting: list[_Member] = []
+        self._wanted = trio.Event()
+        self._ended: ApplianceError | None = None
+        self.failures = 0
+        self.count = 0
+        self.last: Epoch | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Members of the next epoch so far."""
+        return len(self._waiting)
+
+    async def join(self, kind: Kind, commitment: bytes) -> Attested:
+        """Wait for evidence that covers a commitment; its deadline is the caller's.
+
+        Raises:
+            AttesterError: this epoch's collection failed; another try may succeed.
+            EvidenceError: the evidence does not hold; the appliance is withdrawing.
+            Overloaded: too many wait.
+        """
+        if self._ended is not None:
+            raise self._ended
+        if len(self._waiting) >= MAX_WAITING:
+            raise Overloaded("too many are waiting for evidence", retry_after_s=1)
+        member = _Member(kind, commitment)
+        self._waiting.append(member)
+        self._wanted.set()
+        try:
+            await member.settled.wait()
+        except trio.Cancelled:
+            if member in self._waiting:
+                self._waiting.remove(member)
+            raise
+        if member.error is not None:
+            raise member.error
+        assert member.attested is not None
+        return member.attested
+
+    async def run(self) -> None:
+        """Form epochs until cancelled, or until the appliance must withdraw."""
+        try:
+            while self._ended is None:
+                if not self._waiting:
+                    self._wanted = trio.Event()
+                    await self._wanted.wait()
+                members = self._waiting[:MAX_LEAVES]
+                if members:  # else who set the event left again
+                    del self._waiting[: len(members)]
+                    await self._serve(members)
+        finally:
+            self._let_go(_ending() if self._ended is None else self._ended)
+
+    async def _serve(self, members: list[_Member]) -> None:
+        """One epoch, for members who may be gone when it ends."""
+        error: ApplianceError | None = _ending()
+        epoch = None
+        try:
+            epoch = await self._form(members)
+            error = None
+        except AttesterError as failure:
+            error = self._count_failure(failure)
+        except EvidenceError as failure:
+            self._end(failure)
+            error = failure
+        finally:
+            for index, member in enumerate(members):
+                member.error = error
+                if epoch is not None:
+                    member.attested = Attested(epoch, _inclusion(epoch, member, index))
+                member.settled.set()
+
+    async def _form(self, members: list[_Member]) -> Epoch:
+        # 1. The tree, and the nonce over its root.
+        tree = MerkleTree.over([member.commitment for member in members])
+        keyset_digest = self._keyset_digest()
+        nonce = epoch_nonce(keyset_digest, tree.size, tree.root)
+        # 2. Every GPU's evidence over it.
+        try:
+            with trio.fail_after(self._deadline_s):
+                gpus = await self._collect(nonce)
+        except trio.TooSlowError:
+            raise AttesterUnavailable(
+                f"expected GPU evidence within {self._deadline_s:g} s"
+            ) from None
+        collected_at = self._now()
+        # 3. Appraised before anybody goes on.
+        result = await self._appraise(gpus, nonce)
+        result.require()
+        epoch = Epoch(
+            keyset_digest=keyset_digest,
+            tree=tree,
+            gpus=gpus,
+            result=result,
+            evidence_digest=gpu_evidence_digest(gpus),
+            collected_at=collected_at,
+        )
+        self.failures = 0
+        self.count += 1
+        self.last = epoch
+        return epoch
+
+    def _count_failure(self, failure: AttesterError) -> AttesterError:
+        self.failures += 1
+        self._log.warning(
+            "evidence_not_collected", code=failure.code, error=failure.message, times=self.failures
+        )
+        if self.failures >= self._failures_allowed:
+            self._end(failure)
+        return failure
+
+    def _end(self, error: ApplianceError) -> None:
+        """No further epoch; whoever waits is told why."""
+        self._withdraw(error)
+        self._let_go(error)
+
+    def _let_go(self, error: ApplianceError) -> None:
+        self._ended = error
+        for member in self._waiting:
+            member.error = error
+            member.settled.set()
+        self._waiting.clear()
+
+    def age_s(self) -> float:
+        """Seconds since the last evidence that was accepted was collected."""
+        return math.inf if self.last is None else max(0.0, self._now() - self.last.collected_at)
+
+
+def _ending() -> ApplianceError:
+    return AttesterUnavailable("the appliance is ending")
+
+
+def _inclusion(epoch: Epoch, member: _Member, index: int) -> Inclusion:
+    return Inclusion(
+        kind=member.kind,
+        keyset_digest=epoch.keyset_digest,
+        tree_size=epoch.tree.size,
+        leaf_index=index,
+        path=epoch.tree.path(index),
+        root=epoch.tree.root,
+    )

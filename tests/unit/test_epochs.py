@@ -1,0 +1,286 @@
+"""Epochs: nobody waits for two collections, nobody is lost, nobody harms another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from appliance.errors import (
+    ApplianceError,
+    AttesterUnavailable,
+    Contraindicated,
+    DeviceFault,
+    Overloaded,
+    Unauthentic,
+)
+from appliance.log import configure_log
+from appliance.rats.result import AttestationResult, Finding, Tier
+from appliance.serving import epochs as epochs_module
+from appliance.serving.epochs import Attested, Epochs
+from appliance.wire.commitments import report_commitment
+from appliance.wire.evidence import GpuEvidence
+from appliance.wire.merkle import root_of
+
+KEYSET = bytes(range(32))
+AFFIRMED = AttestationResult(Tier.AFFIRMING, {})
+REPORT_S = 0.15
+
+
+@dataclass
+class Device:
+    """A device that makes one report at a time, on whatever clock runs."""
+
+    report_s: float = REPORT_S
+    nonces: list[bytes] = field(default_factory=list)
+    busy: bool = False
+    fault: Callable[[int], ApplianceError | None] = lambda _number: None
+
+    async def collect(self, nonce: bytes) -> tuple[GpuEvidence, ...]:
+        assert not self.busy, "the device was asked twice at once"
+        self.busy = True
+        try:
+            self.nonces.append(nonce)
+            await trio.sleep(self.report_s)
+            error = self.fault(len(self.nonces))
+            if error is not None:
+                raise error
+            return (GpuEvidence("simulated", nonce, b"chain"),)
+        finally:
+            self.busy = False
+
+
+async def affirm(gpus: tuple[GpuEvidence, ...], nonce: bytes) -> AttestationResult:
+    assert gpus[0].report == nonce
+    return AFFIRMED
+
+
+def make(
+    device: Device,
+    withdrawn: list[ApplianceError] | None = None,
+    appraise: Callable[[tuple[GpuEvidence, ...], bytes], Awaitable[AttestationResult]] = affirm,
+) -> Epochs:
+    return Epochs(
+        collect=device.collect,
+        appraise=appraise,
+        keyset_digest=lambda: KEYSET,
+        deadline_s=30,
+        failures=3,
+        withdraw=([] if withdrawn is None else withdrawn).append,
+        now=trio.current_time,
+        log=configure_log(format="json", level="error"),
+    )
+
+
+def commitment(number: int) -> bytes:
+    return report_commitment(number.to_bytes(32, "big"))
+
+
+def check(attested: Attested, number: int) -> None:
+    """The share is what protocol.md section 2 promises."""
+    inclusion = attested.inclusion
+    assert inclusion.leaf_index is not None
+    assert inclusion.path is not None
+    root = root_of(commitment(number), inclusion.leaf_index, inclusion.tree_size, inclusion.path)
+    assert root == inclusion.root == attested.epoch.tree.root
+    assert attested.epoch.gpus[0].report == inclusion.nonce
+
+
+async def test_256_requests_at_once_share_two_reports(autojump_clock: trio.abc.Clock) -> None:
+    device = Device()
+    epochs = make(device)
+    waited: list[float] = []
+
+    async def one(number: int) -> None:
+        started = trio.current_time()
+        check(await epochs.join("request", commitment(number)), number)
+        waited.append(trio.current_time() - started)
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        async with trio.open_nursery() as requests:
+            for number in range(256):
+                requests.start_soon(one, number)
+        owner.cancel_scope.cancel()
+    assert len(waited) == 256
+    assert len(device.nonces) <= 2
+    assert max(waited) <= 2.0 * REPORT_S + 1e-6
+
+
+async def test_a_steady_200_a_second_make_at_most_7_reports_a_second(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    device = Device()
+    epochs = make(device)
+    waited: list[float] = []
+    dice = random.Random(1)
+    began = trio.current_time()
+
+    async def one(number: int) -> None:
+        started = trio.current_time()
+        check(await epochs.join("request", commitment(number)), number)
+        waited.append(trio.current_time() - started)
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        async with trio.open_nursery() as requests:
+            for number in range(2000):
+                requests.start_soon(one, number)
+                await trio.sleep(dice.expovariate(200))
+        seconds = trio.current_time() - began
+        owner.cancel_scope.cancel()
+    assert len(device.nonces) / seconds <= 7
+    assert sorted(waited)[int(0.99 * len(waited))] <= 2.2 * REPORT_S
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 1), st.one_of(st.none(), st.floats(0.001, 0.5)), st.integers(0, 9999)
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.sets(st.integers(1, 20), max_size=2),
+)
+def test_everybody_is_settled_whatever_arrives_cancels_and_fails(
+    arrivals: list[tuple[float, float | None, int]], faulty: set[int]
+) -> None:
+    """Each member gets a valid share, a typed error, or its own cancellation; nothing else."""
+    device = Device(fault=lambda number: DeviceFault("fault") if number in faulty else None)
+    outcomes: list[str] = []
+
+    async def one(epochs: Epochs, at: float, patience: float | None, number: int) -> None:
+        await trio.sleep(at)
+        with trio.CancelScope() as scope:
+            if patience is not None:
+                scope.deadline = trio.current_time() + patience
+            try:
+                check(await epochs.join("request", commitment(number)), number)
+                outcomes.append("attested")
+            except DeviceFault:
+                outcomes.append("fault")
+        if scope.cancelled_caught:
+            outcomes.append("cancelled")
+
+    async def live() -> None:
+        epochs = make(device)
+        async with trio.open_nursery() as owner:
+            owner.start_soon(epochs.run)
+            with trio.fail_after(60):
+                async with trio.open_nursery() as requests:
+                    for at, patience, number in arrivals:
+                        requests.start_soon(one, epochs, at, patience, number)
+            assert epochs.waiting == 0
+            owner.cancel_scope.cancel()
+
+    trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert len(outcomes) == len(arrivals)
+
+
+async def test_a_device_that_keeps_failing_withdraws_after_its_count(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    withdrawn: list[ApplianceError] = []
+    epochs = make(Device(fault=lambda _: DeviceFault("broken")), withdrawn)
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        for number in range(3):
+            assert not withdrawn
+            with pytest.raises(DeviceFault):
+                await epochs.join("request", commitment(number))
+        assert [type(error) for error in withdrawn] == [DeviceFault]
+        with pytest.raises(DeviceFault):  # nobody waits for an epoch that will never be
+            await epochs.join("request", commitment(9))
+
+
+async def test_one_good_report_forgets_earlier_failures(autojump_clock: trio.abc.Clock) -> None:
+    withdrawn: list[ApplianceError] = []
+    device = Device(fault=lambda number: DeviceFault("x") if number % 3 else None)
+    epochs = make(device, withdrawn)
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        for number in range(9):
+            try:
+                check(await epochs.join("request", commitment(number)), number)
+            except DeviceFault:
+                continue
+        owner.cancel_scope.cancel()
+    assert not withdrawn
+
+
+@pytest.mark.parametrize("how", ["raises", "concludes"])
+async def test_evidence_that_does_not_hold_withdraws_at_once(
+    how: str, autojump_clock: trio.abc.Clock
+) -> None:
+    withdrawn: list[ApplianceError] = []
+    finding = Finding(Tier.CONTRAINDICATED, "nvidia_gpu.measurement", "a", "b", "do c")
+
+    async def refuse(_gpus: tuple[GpuEvidence, ...], _nonce: bytes) -> AttestationResult:
+        if how == "raises":
+            raise Unauthentic("bad signature")
+        return AttestationResult(Tier.CONTRAINDICATED, {}, (finding,))
+
+    epochs = make(Device(), withdrawn, refuse)
+    expected = Unauthentic if how == "raises" else Contraindicated
+    seen: list[type[ApplianceError]] = []
+
+    async def one(number: int) -> None:
+        try:
+            await epochs.join("request", commitment(number))
+        except ApplianceError as error:
+            seen.append(type(error))
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        for number in range(3):
+            owner.start_soon(one, number)
+            await trio.sleep(0.01)  # the last two wait for the next epoch, which never comes
+    assert seen == [expected] * 3
+    assert [type(error) for error in withdrawn] == [expected]
+
+
+async def test_a_device_that_hangs_is_a_typed_error(autojump_clock: trio.abc.Clock) -> None:
+    epochs = make(Device(report_s=1e6))
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        with pytest.raises(AttesterUnavailable, match="within 30 s"):
+            await epochs.join("request", commitment(0))
+        owner.cancel_scope.cancel()
+
+
+async def test_the_line_is_bounded(
+    autojump_clock: trio.abc.Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(epochs_module, "MAX_WAITING", 2)
+    epochs = make(Device())
+    async with trio.open_nursery() as owner:
+        for number in range(2):
+            owner.start_soon(epochs.join, "request", commitment(number))
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Overloaded):
+            await epochs.join("request", commitment(9))
+        owner.cancel_scope.cancel()
+    assert epochs.waiting == 0
+
+
+async def test_its_end_lets_everybody_go(autojump_clock: trio.abc.Clock) -> None:
+    epochs = make(Device())
+    async with trio.open_nursery() as requests, trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+
+        async def one(number: int) -> None:
+            with pytest.raises(AttesterUnavailable, match="ending"):
+                await epochs.join("request", commitment(number))
+
+        for number in range(2):  # one in the epoch, one in line for the next
+            requests.start_soon(one, number)
+            await trio.sleep(0.01)
+        owner.cancel_scope.cancel()
