@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -51,7 +51,7 @@ def parse_pem_chain(pem: bytes, *, field: str) -> tuple[x509.Certificate, ...]:
     if len(pem) > MAX_CERTIFICATES * MAX_CERTIFICATE_BYTES:
         raise Malformed(f"{field}: expected at most 1 MiB of certificates", field=field)
     try:
-        return tuple(x509.load_pem_x509_certificates(pem))
+        return tuple(_read_whole(one) for one in x509.load_pem_x509_certificates(pem))
     except (ValueError, TypeError, x509.InvalidVersion):
         raise Malformed(f"{field}: expected PEM certificates", field=field) from None
 
@@ -65,7 +65,7 @@ def parse_der_certificate(der: bytes, *, field: str) -> x509.Certificate:
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise Malformed(f"{field}: expected at most 64 KiB", field=field)
     try:
-        return x509.load_der_x509_certificate(der)
+        return _read_whole(x509.load_der_x509_certificate(der))
     except (ValueError, TypeError, x509.InvalidVersion):
         raise Malformed(f"{field}: expected a DER certificate", field=field) from None
 
@@ -125,6 +125,14 @@ def der_of(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(Encoding.DER)
 
 
+def _read_whole(certificate: x509.Certificate) -> x509.Certificate:
+    """Certificates are decoded lazily; what every caller reads is decoded here, where ValueError
+    means that it does not parse."""
+    for name in ("subject", "issuer", "not_valid_before_utc", "not_valid_after_utc"):
+        getattr(certificate, name)
+    return certificate
+
+
 def _issuer_of(
     certificate: x509.Certificate, candidates: Sequence[x509.Certificate], what: str
 ) -> x509.Certificate:
@@ -141,7 +149,7 @@ def _issuer_of(
 def _check_issued_by(subject: x509.Certificate, issuer: x509.Certificate, what: str) -> None:
     try:
         subject.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         raise Unauthentic(
             f"{what}: {_name(subject)}: expected the signature of {_name(issuer)}"
         ) from None
