@@ -15,7 +15,7 @@ import ipaddress
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -28,6 +28,7 @@ Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Sha256Hex: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Sha256Digest: TypeAlias = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+Section = TypeVar("Section", bound=Struct)
 Svn: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 
 # What makes SGLang log or dump content, listen elsewhere, hand its cache or its requests to another
@@ -176,11 +177,31 @@ class Auth(Struct, frozen=True, forbid_unknown_fields=True):
     keys: Annotated[tuple[ApiKey, ...], Meta(max_length=10_000)] = ()
 
 
+class Operator(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[operator]`: what `dcv serve --operator-input FILE` may add to this file, whose author and
+    whose operator need not be the same. Limits it may always lower; nothing else.
+
+    Attributes:
+        max_keys: API keys it may add, where [auth] mode is `keys`; these keys may then be the only
+            ones.
+        domains: it may replace [tls] names by names that are one of these or below one; `*` allows
+            any name and address.
+        chain_file: whether it may say where [tls] chain_file is, if that is not said here.
+    """
+
+    max_keys: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    domains: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
+    chain_file: Literal["refused", "accepted"] = "refused"
+
+
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """`[limits]`: every bound on what a client may take. Durations in seconds, sizes in bytes.
 
     Attributes:
         max_body_bytes: request body.
+        max_body_bytes_total: bodies of all requests together, from their arrival until the answer
+            begins. Over it, the peer with most of them unfinished is refused first. What a body is
+            parsed into takes several times its size, while the request waits and is forwarded.
         max_response_bytes: one non-streamed engine answer, held in memory.
         max_event_bytes: one SSE event of the engine.
         max_nesting: depth of a JSON body.
@@ -190,6 +211,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
         max_choices: `n` times the number of prompts of one request.
         max_connections: open TCP connections; one more is closed before its handshake.
         max_connections_per_peer: the same, from one address.
+        reports_per_minute: attestation reports and GPU evidence that one address may ask for.
         handshake_s: TLS handshake.
         header_s: the head of a request, from its first byte; on HTTP/2 the preface too.
         idle_s: a connection without a request in progress.
@@ -203,6 +225,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 8 << 20
+    max_body_bytes_total: Annotated[int, Meta(ge=1024, le=1 << 40)] = 256 << 20
     max_response_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 64 << 20
     max_event_bytes: Annotated[int, Meta(ge=1024, le=1 << 28)] = 4 << 20
     max_nesting: Annotated[int, Meta(ge=4, le=256)] = 64
@@ -212,6 +235,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     max_choices: Annotated[int, Meta(ge=1, le=128)] = 16
     max_connections: Count = 4096
     max_connections_per_peer: Count = 1024
+    reports_per_minute: Count = 240
     handshake_s: Seconds = 10.0
     header_s: Seconds = 15.0
     idle_s: Seconds = 75.0
@@ -383,7 +407,7 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
         endorsements_dir: cache of what vendors vouch for; may hold files put there in advance.
         endorsements: `offline` never asks a vendor.
         rim_dirs: folders with reference values that came with the image.
-        rim_url, ocsp_url, kds_url, pcs_url, imds_url: where vendors answer.
+        rim_url, ocsp_url, nras_url, kds_url, pcs_url, imds_url: where vendors answer.
         endorsement_s: one question to a vendor.
         nvidia_sdk: NVIDIA's own verifier at boot: not asked, asked and recorded, or must agree.
         nvidia_sdk_python: interpreter of its own environment.
@@ -412,6 +436,7 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
     rim_dirs: tuple[str, ...] = ()
     rim_url: str = "https://rim.attestation.nvidia.com/v1/rim"
     ocsp_url: str = "https://ocsp.ndis.nvidia.com"
+    nras_url: str = "https://nras.attestation.nvidia.com/v3/attest/gpu"
     kds_url: str = "https://kdsintf.amd.com"
     pcs_url: str = "https://api.trustedservices.intel.com"
     imds_url: str = "http://169.254.169.254"
@@ -442,6 +467,7 @@ class MeasuredConfig(Struct, frozen=True, forbid_unknown_fields=True):
     listen: Listen = Listen()
     tls: Tls = Tls()
     auth: Auth = Auth()
+    operator: Operator = Operator()
     limits: Limits = Limits()
     engine: Engine = Engine()
     log: Log = Log()
@@ -468,20 +494,65 @@ def parse_config(text: str, *, folder: Path) -> MeasuredConfig:
     Raises:
         ConfigError: as for `load_config`.
     """
+    config = _resolve_paths(parse_toml(text, MeasuredConfig), folder)
+    check_config(config)
+    return config
+
+
+def parse_toml(text: str, kind: type[Section]) -> Section:
+    """Decode TOML strictly into a struct of sections.
+
+    Raises:
+        ConfigError: not TOML, an unknown key, a wrong type, out of bounds. The message names the
+            key as the file spells it.
+    """
     try:
         raw = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # besides its own, from long digits and depth
         raise ConfigError(f"not TOML: {error}") from error
+    if _has_nul(raw):  # the one character that no path, name or argument can hold
+        raise ConfigError("expected text without the character U+0000")
     try:
-        config = msgspec.convert(raw, MeasuredConfig, strict=True)
+        return msgspec.convert(raw, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error))) from error
-    config = _resolve_paths(config, folder)
+        raise ConfigError(_explain(str(error), kind)) from error
+
+
+def check_config(config: MeasuredConfig) -> None:
+    """Check what no declaration can say: settings against each other.
+
+    Raises:
+        ConfigError: they contradict each other; the message names a key.
+    """
     _check_listen(config.listen)
+    _check_limits(config.limits)
     _check_engine(config.engine)
     _check_auth(config)
     _check_attestation(config)
-    return config
+
+
+def require_keys(config: MeasuredConfig) -> None:
+    """Whether anybody could ask at all, once all input is there.
+
+    Raises:
+        ConfigError: keys are asked for, and none is known.
+    """
+    if config.auth.mode == "keys" and not config.auth.keys:
+        raise ConfigError(
+            "[auth] keys: missing; make one with `dcv keys new NAME`, or set mode to `loopback`"
+        )
+
+
+def _has_nul(value: object) -> bool:
+    match value:
+        case str():
+            return "\0" in value
+        case dict():
+            return any(_has_nul(item) for pair in value.items() for item in pair)
+        case list():
+            return any(_has_nul(item) for item in value)
+        case _:
+            return False
 
 
 def effective_config(config: MeasuredConfig) -> dict[str, object]:
@@ -500,11 +571,11 @@ _UNKNOWN = re.compile(
 _LOCATED = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<at>.*)`$")
 
 
-def _explain(message: str) -> str:
+def _explain(message: str, kind: type[Struct]) -> str:
     """Turn msgspec's message into one that names the key as the file spells it."""
     if unknown := _UNKNOWN.match(message):
         section, field = unknown["at"] or "", unknown["field"]
-        known = _known_keys(section)
+        known = _known_keys(section, kind)
         near = difflib.get_close_matches(field, known, n=1, cutoff=0.0)
         place = f"[{section}] {field}" if section else field
         hint = f"; did you mean `{near[0]}`?" if near else ""
@@ -516,8 +587,8 @@ def _explain(message: str) -> str:
     return message[0].lower() + message[1:]
 
 
-def _known_keys(section: str) -> list[str]:
-    sections = {field.name: field.type for field in msgspec.structs.fields(MeasuredConfig)}
+def _known_keys(section: str, kind: type[Struct]) -> list[str]:
+    sections = {field.name: field.type for field in msgspec.structs.fields(kind)}
     if not section:
         return sorted(sections)
     struct = sections.get(section)
@@ -564,12 +635,18 @@ def _check_listen(listen: Listen) -> None:
         raise ConfigError("[listen] host: expected a literal IP address") from None
 
 
+def _check_limits(limits: Limits) -> None:
+    if limits.max_body_bytes_total < limits.max_body_bytes:
+        raise ConfigError(
+            f"[limits] max_body_bytes_total: expected at least max_body_bytes "
+            f"({limits.max_body_bytes})"
+        )
+
+
 def _check_auth(config: MeasuredConfig) -> None:
     auth = config.auth
-    if auth.mode == "keys" and not auth.keys:
-        raise ConfigError(
-            "[auth] keys: missing; make one with `dcv keys new NAME`, or set mode to `loopback`"
-        )
+    if not config.operator.max_keys:
+        require_keys(config)
     if auth.mode == "loopback" and not _is_loopback(config.listen.host):
         raise ConfigError(
             f"[auth] mode: `loopback` needs a loopback [listen] host, got `{config.listen.host}`"

@@ -15,6 +15,7 @@ Whose fault it is comes first, because that decides what happens next:
     │   ├── InvalidRequest  InvalidSeed  UnknownParameter  UnsupportedFeature
     │   ├── BodyTooLarge  BodyTooSlow
     │   ├── ModelNotFound  RouteNotFound  MethodNotAllowed
+    │   ├── ReceiptLost                           its exchange was cut off by a restart
     │   └── SessionNotAccepted
     ├── CapacityError              nobody's: try again later
     │   ├── RateLimited                           the API key's own limit
@@ -206,6 +207,16 @@ class RouteNotFound(RequestError):
     http_status = 404
 
 
+class ReceiptLost(RequestError):
+    """The exchange was open when the service was killed: the keys that would have signed its
+    receipt are gone, so there will never be one."""
+
+    code = "receipt_lost"
+    http_status = 404
+    advice = "Nothing to do here: the service was killed while it answered; its log says why."
+    client = "Do not wait for this receipt; what was received of the answer is not provable."
+
+
 class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
     http_status = 405
@@ -230,7 +241,10 @@ class RateLimited(CapacityError):
 
 class Overloaded(CapacityError):
     code = "overloaded"
-    advice = "Add capacity, or raise [limits] max_concurrent if the engine has room."
+    advice = (
+        "Add capacity, or raise what the message names in [limits] if the engine or the memory has "
+        "room."
+    )
 
 
 class NotServing(CapacityError):
@@ -380,3 +394,10 @@ class EngineRefused(EngineError):
     def __init__(self, message: str, *, http_status: int) -> None:
         super().__init__(message)
         self.http_status = http_status
+
+
+def leaves(error: BaseException | None) -> list[BaseException]:
+    """The exceptions that a group, however nested, consists of; of any other, itself."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in leaves(inner)]
+    return [] if error is None else [error]

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from typing import Literal, TextIO, TypeAlias
 
 import structlog
+
+MAX_FRAMES = 20
+"""Of a defect; the innermost ones."""
 
 Log: TypeAlias = structlog.typing.FilteringBoundLogger
 
@@ -44,6 +48,19 @@ def configure_log(
     _send_standard_logging(stream, [*shared, renderer])
     logger: Log = structlog.get_logger()
     return logger
+
+
+def describe_defect(error: BaseException) -> dict[str, object]:
+    """What may be logged of an exception that nobody foresaw: its type, and where it came from,
+    innermost last, as `module:line function`.
+
+    Its text and the values of variables may quote a request, so they are left out.
+    """
+    frames = [
+        f"{frame.f_globals.get('__name__', '?')}:{line} {frame.f_code.co_qualname}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    return {"error": type(error).__name__, "where": frames[-MAX_FRAMES:]}
 
 
 def _send_standard_logging(stream: TextIO, processors: list[structlog.typing.Processor]) -> None:

@@ -106,7 +106,7 @@ def engine_command(
     settings_file = runtime / "settings.yaml"
     init_file = runtime / "torch.init"
     program = engine.unsafe_command or (engine.python, "-m", "sglang.launch_server")
-    settings = {**parse_extra_args(engine.extra_args), **engine_settings(engine, model)}
+    settings = effective_settings(engine, model)
     settings |= {"host": LOOPBACK, "port": port, "api-key": keys.api, "admin-api-key": keys.admin}
     return EngineCommand(
         argv=(*program, "--config", str(settings_file)),
@@ -117,6 +117,15 @@ def engine_command(
         init_file=init_file,
         port=port,
     )
+
+
+def effective_settings(engine: Engine, model: Model) -> dict[str, JsonValue]:
+    """All options the engine is given, but for its address and its keys.
+
+    Raises:
+        ConfigError: as for `parse_extra_args`.
+    """
+    return {**parse_extra_args(engine.extra_args), **engine_settings(engine, model)}
 
 
 def engine_settings(engine: Engine, model: Model) -> dict[str, JsonValue]:

@@ -150,18 +150,29 @@ def _parent(pid: str) -> int | None:
 
 
 def _mapped_shared_memory() -> set[str]:
+    """Files that descendants have mapped, by the names these have now.
+
+    A POSIX semaphore is made under a name that is gone at once and linked to its own, so the
+    kernel calls it deleted; the inode tells which it is (glibc, sem_open).
+    """
     found: set[str] = set()
+    renamed: set[int] = set()
     for pid in _descendants():
         try:
             with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
-                found |= {
-                    line[line.index(SHARED_MEMORY) :].rstrip("\n")
-                    for line in file
-                    if SHARED_MEMORY in line and "(deleted)" not in line
-                }
+                for line in file:
+                    # proc(5): address, permissions, offset, device, inode, and maybe a path.
+                    inode, path = line.rstrip("\n").split(maxsplit=5)[-2:]
+                    if not path.startswith(SHARED_MEMORY):
+                        continue
+                    if path.endswith(" (deleted)"):
+                        renamed.add(int(inode))
+                    else:
+                        found.add(path)
         except OSError:
             continue
-    return found
+    with os.scandir(SHARED_MEMORY) as entries:
+        return found | {entry.path for entry in entries if entry.inode() in renamed}
 
 
 def _kill(pid: int, number: signal.Signals) -> None:

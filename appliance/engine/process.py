@@ -29,7 +29,7 @@ from appliance.engine.client import EngineAddress
 from appliance.engine.command import EngineCommand, EngineKeys
 from appliance.engine.log_lines import MAX_LINE_BYTES, read_log_line
 from appliance.engine.sockets import refuse_exposed
-from appliance.errors import EngineDied, EngineError, EngineHung, EngineStartFailed
+from appliance.errors import EngineDied, EngineError, EngineHung, EngineStartFailed, leaves
 from appliance.log import Log
 
 READY_POLL_S = 0.25
@@ -44,6 +44,9 @@ the driver tears down a GPU context. Past it the guardian itself is killed and w
 
 LAST_WORDS_S = 2.0
 """For the rest of its output after it is gone; the pipes are at their end by then."""
+
+GUARDIAN_S = 5.0
+"""For the guardian to end after everything it guards has, and again after it was killed."""
 
 GUARDIAN = Path(guardian.__file__)
 
@@ -146,17 +149,14 @@ async def supervise(
                 try:
                     await _run(guarded, command, keys, config, log, task_status)
                 except BaseExceptionGroup as group:  # looked at, and raised again
-                    errors = group.split(EngineError)[0]
-                    if errors is not None:
-                        failed(_leaf(errors))
+                    for error in _engine_errors(group)[:1]:
+                        failed(error)
                     raise
                 finally:
                     await _stop(guarded, config, log)
                     listening.deadline = trio.current_time() + LAST_WORDS_S
         finally:
-            with trio.CancelScope(shield=True):
-                await guarded.aclose()
-                await guarded.process.wait()
+            await _dismiss(guarded, log)
     except BaseExceptionGroup as group:
         _raise_the_leaf(group)
     finally:
@@ -185,18 +185,15 @@ async def _listen(
 
 def _raise_the_leaf(group: BaseExceptionGroup[BaseException]) -> NoReturn:
     """One engine, one reason: of several tasks failing at once the engine's error is the story."""
-    errors, others = group.split(EngineError)
-    if errors is None or (others is not None and others.split(trio.Cancelled)[1] is not None):
+    errors = _engine_errors(group)
+    others = [leaf for leaf in leaves(group) if not isinstance(leaf, EngineError | trio.Cancelled)]
+    if others or not errors:
         raise group
-    raise _leaf(errors)
+    raise errors[0]
 
 
-def _leaf(errors: BaseExceptionGroup[EngineError]) -> EngineError:
-    leaf: BaseException = errors
-    while isinstance(leaf, BaseExceptionGroup):
-        leaf = leaf.exceptions[0]
-    assert isinstance(leaf, EngineError)
-    return leaf
+def _engine_errors(group: BaseExceptionGroup[BaseException]) -> list[EngineError]:
+    return [leaf for leaf in leaves(group) if isinstance(leaf, EngineError)]
 
 
 async def _run(
@@ -294,6 +291,22 @@ async def _stop(guarded: _Guardian, config: Engine, log: Log) -> None:
         how=describe_exit(guarded.exit_status),
         withheld_log_lines=guarded.withheld_lines,
     )
+
+
+async def _dismiss(guarded: _Guardian, log: Log) -> None:
+    """Let go of the guardian, which ends by itself once it hears nothing more from us. Shielded
+    and bounded: one that waits for a process stuck in the kernel is killed, and left if even that
+    does not end it."""
+    with trio.CancelScope(shield=True):
+        await guarded.aclose()
+        with trio.move_on_after(GUARDIAN_S):
+            await guarded.process.wait()
+            return
+        guarded.process.kill()
+        with trio.move_on_after(GUARDIAN_S):
+            await guarded.process.wait()
+            return
+        log.error("guardian_unkillable", pid=guarded.process.pid)
 
 
 async def _start_guardian(command: EngineCommand) -> _Guardian:

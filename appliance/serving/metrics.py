@@ -6,10 +6,15 @@ The registry is an object that `run` makes, not the library's global one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from appliance.serving.lifecycle import Lifecycle, State
 
@@ -20,6 +25,7 @@ CLIENT_DISCONNECTED = "client_disconnected"
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _INTER_EVENT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+BUCKETS = len(_INTER_EVENT) + 1
 
 
 class Metrics:
@@ -52,11 +58,26 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self.inter_event = Histogram(
-            "dcv_inter_token_seconds",
-            "Mean time between the events of one stream, one observation per stream",
+        self.gaps = GapHistogram(
+            "dcv_inter_token_seconds", "Between two arrivals of events of one stream"
+        )
+        self.registry.register(self.gaps)
+        self.stream_events = Counter(
+            "dcv_stream_events",
+            "Events of streams handed on to clients, [DONE] included; about one for each token",
             ["endpoint"],
-            buckets=_INTER_EVENT,
+            registry=self.registry,
+        )
+        self.prompt_tokens = Counter(
+            "dcv_prompt_tokens",
+            "Prompt tokens of answers that told their usage",
+            ["endpoint"],
+            registry=self.registry,
+        )
+        self.completion_tokens = Counter(
+            "dcv_completion_tokens",
+            "Completion tokens of answers that told their usage",
+            ["endpoint"],
             registry=self.registry,
         )
         self.engine_failures = Counter(
@@ -97,6 +118,36 @@ def _is_current(lifecycle: Lifecycle, state: State) -> float:
     return float(lifecycle.state is state)
 
 
+class GapHistogram(Collector):
+    """A histogram that is cheap enough to observe every event: the library's own takes some
+    microseconds, which at thousands of events a second is a share of the processor.
+
+    A stream counts in a list of its own and hands it over when it ends.
+    """
+
+    def __init__(self, name: str, help_text: str) -> None:
+        self._name = name
+        self._help_text = help_text
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def add(self, endpoint: str, counts: Sequence[int], total_s: float) -> None:
+        """Add one stream's gaps: how many in each bucket, and all of them together."""
+        mine = self._counts.setdefault(endpoint, [0] * BUCKETS)
+        for bucket, count in enumerate(counts):
+            mine[bucket] += count
+        self._sums[endpoint] = self._sums.get(endpoint, 0.0) + total_s
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus is told: buckets add up, and the last one has no bound."""
+        family = HistogramMetricFamily(self._name, self._help_text, labels=["endpoint"])
+        bounds = [*map(floatToGoString, _INTER_EVENT), "+Inf"]
+        for endpoint, counts in self._counts.items():
+            buckets = list(zip(bounds, accumulate(counts), strict=True))
+            family.add_metric([endpoint], buckets, self._sums[endpoint])
+        yield family
+
+
 class ExchangeMetrics:
     """One request being observed. Exactly one `end` counts, the first."""
 
@@ -105,25 +156,41 @@ class ExchangeMetrics:
         self._endpoint = endpoint
         self._arrived = metrics.clock()
         self._first: float | None = None
+        self._last = 0.0
+        self._gaps = [0] * BUCKETS
         self._events = 0
         self._ended = False
 
-    def event(self) -> None:
-        """Bytes of at least one event were handed on."""
-        self._events += 1
+    def events(self, count: int) -> None:
+        """So many events, at least one, arrived together and are handed on."""
+        now = self._metrics.clock()
         if self._first is None:
-            self._first = self._metrics.clock()
-            waited = self._first - self._arrived
-            self._metrics.first_event.labels(self._endpoint).observe(waited)
+            self._first = now
+            self._metrics.first_event.labels(self._endpoint).observe(now - self._arrived)
+        else:
+            self._gaps[bisect_left(_INTER_EVENT, now - self._last)] += 1
+        self._last = now
+        self._events += count
+
+    def usage(self, usage: object) -> None:
+        """What an answer says it took: OpenAI's `usage` object, as the engine wrote it."""
+        if not isinstance(usage, dict):
+            return
+        for key, counter in (
+            ("prompt_tokens", self._metrics.prompt_tokens),
+            ("completion_tokens", self._metrics.completion_tokens),
+        ):
+            if isinstance(count := usage.get(key), int) and count > 0:
+                counter.labels(self._endpoint).inc(count)
 
     def end(self, outcome: str) -> None:
         """The request is over: `complete`, `client_disconnected`, or an error's code."""
         if self._ended:
             return
         self._ended = True
-        now = self._metrics.clock()
         self._metrics.requests.labels(self._endpoint, outcome).inc()
-        self._metrics.duration.labels(self._endpoint).observe(now - self._arrived)
-        if self._first is not None and self._events > 1:
-            mean = (now - self._first) / (self._events - 1)
-            self._metrics.inter_event.labels(self._endpoint).observe(mean)
+        elapsed = self._metrics.clock() - self._arrived
+        self._metrics.duration.labels(self._endpoint).observe(elapsed)
+        if self._first is not None:
+            self._metrics.stream_events.labels(self._endpoint).inc(self._events)
+            self._metrics.gaps.add(self._endpoint, self._gaps, self._last - self._first)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
@@ -30,7 +31,7 @@ from appliance.errors import EngineError, EngineProtocolError, EngineStreamFaile
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Exchange
 from appliance.wire.answers import ChunkMerger, merge_answers
-from appliance.wire.canonical import JsonObject, canonical_json, parse_json_object
+from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json_object
 from appliance.wire.openai import ChoicePlan, InferenceRequest, forwarded_body
 from appliance.wire.sse import DONE_EVENT, Block, BlockReader, encode_event, split_events
 
@@ -79,15 +80,27 @@ async def forward(
     return responses
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer that was not streamed.
+
+    Attributes:
+        data: its JSON, the engine's own bytes where there is one choice.
+        value: what these bytes say.
+    """
+
+    data: bytes = field(repr=False)
+    value: JsonObject = field(repr=False)
+
+
 async def collect_answer(
     responses: Sequence[EngineResponse],
     plans: Sequence[ChoicePlan],
     limits: Limits,
     *,
     response_id: str,
-) -> bytes:
-    """The whole answer of a request that is not streamed: JSON, the engine's own bytes where
-    there is one choice.
+) -> Answer:
+    """The whole answer of a request that is not streamed.
 
     Raises:
         EngineError: the engine refused, failed, or answered something that is not an answer.
@@ -104,10 +117,27 @@ async def collect_answer(
     try:
         answers = [parse_json_object(body, max_nesting=limits.max_nesting) for body in bodies]
         if len(answers) == 1:
-            return bodies[0]
-        return canonical_json(merge_answers(answers, plans, response_id=response_id))
+            return Answer(bodies[0], answers[0])
+        merged = merge_answers(answers, plans, response_id=response_id)
+        return Answer(canonical_json(merged), merged)
     except Malformed as error:
         raise EngineProtocolError(f"the engine's answer: {error.message}") from error
+
+
+def find_usage(events: bytes, limits: Limits) -> JsonValue:
+    """The last `usage` that events tell, None when they tell none.
+
+    Args:
+        events: whole ones, as `EventSource.receive` returned them.
+    """
+    usage: JsonValue = None
+    for event in split_events(events.removesuffix(DONE_EVENT)):
+        try:
+            told = parse_json_object(event, max_nesting=limits.max_nesting).get("usage")
+        except Malformed:  # handed on all the same; it is the client's to judge
+            continue
+        usage = usage if told is None else told
+    return usage
 
 
 def event_source(

@@ -18,7 +18,6 @@ version is pinned exactly and a test fails when it changes (docs/adr/0003).
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import math
 import socket
 import ssl
@@ -47,13 +46,14 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from quart_trio import QuartTrio
 
 from appliance.config import Limits, Listen
-from appliance.errors import ListenError, NotServing
+from appliance.errors import ListenError, NotServing, leaves
 from appliance.log import Log
 from appliance.serving.admission import Admission
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.serving.metrics import Metrics
 from appliance.web.http1 import Http1Protocol
 from appliance.web.http2 import MAX_STREAMS, Http2Protocol
+from appliance.web.peers import site_of
 from appliance.web.stream import UncleanEnd
 
 BACKLOG = 1024
@@ -76,9 +76,6 @@ LINGER_S = 10.0
 
 REFUSAL_LOG_S = 1.0
 """Refused connections are logged this often at most."""
-
-IPV6_SITE_BITS = 64
-"""One subscriber has at least so large a network, and every address in it (RFC 6177)."""
 
 TCP_OPTIONS = (
     # A peer that vanished without a word is noticed within a minute, also where an answer is
@@ -302,7 +299,7 @@ class Connection:
         except OSError:  # reset between accept and here
             peer.close()
             return
-        site = _site(client[0]) if client else ""
+        site = site_of(client[0]) if client else ""
         if not connections.enter(self, site):
             peer.close()
             return
@@ -459,11 +456,11 @@ class Connection:
 
     def _contain(self, error: BaseException) -> None:
         """Log what ended the connection by type only: its text may quote what the peer sent."""
-        leaves = _leaves(error)
-        if not all(isinstance(leaf, Exception) for leaf in leaves):
+        found = leaves(error)
+        if not all(isinstance(leaf, Exception) for leaf in found):
             raise error  # KeyboardInterrupt, SystemExit: not this connection's business
-        if any(not isinstance(leaf, OSError) for leaf in leaves):
-            names = sorted({type(leaf).__name__ for leaf in leaves})
+        if any(not isinstance(leaf, OSError) for leaf in found):
+            names = sorted({type(leaf).__name__ for leaf in found})
             self._log.warning("connection_error_contained", errors=names)
             self._service.connections.metrics.contained_errors.inc()
 
@@ -520,9 +517,9 @@ class HypercornLog:
 
     async def exception(self, message: str, *_args: object, **_kwargs: object) -> None:
         """Called while an exception that left the application is handled."""
-        leaves = _leaves(sys.exc_info()[1])
-        if not all(isinstance(leaf, UncleanEnd) for leaf in leaves):
-            names = sorted({type(leaf).__name__ for leaf in leaves})
+        found = leaves(sys.exc_info()[1])
+        if not all(isinstance(leaf, UncleanEnd) for leaf in found):
+            names = sorted({type(leaf).__name__ for leaf in found})
             self._log.error("application_error", where=message, errors=names)
 
     async def critical(self, message: str, *_args: object, **_kwargs: object) -> None:
@@ -542,23 +539,6 @@ class HypercornLog:
 
     async def log(self, _level: int, message: str, *_args: object, **_kwargs: object) -> None:
         self._log.debug("http_server", text=message)
-
-
-def _leaves(error: BaseException | None) -> list[BaseException]:
-    """The exceptions that a group, however nested, consists of."""
-    if isinstance(error, BaseExceptionGroup):
-        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
-    return [] if error is None else [error]
-
-
-def _site(host: str) -> str:
-    """What counts as one peer: an IPv4 address, or a subscriber's IPv6 network."""
-    address = ipaddress.ip_address(host)
-    if isinstance(address, ipaddress.IPv4Address):
-        return host
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((int(address), IPV6_SITE_BITS), strict=False))
 
 
 def _hypercorn_log(log: Log, _config: HypercornConfig) -> HypercornLog:

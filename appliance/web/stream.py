@@ -20,9 +20,12 @@ from appliance.config import Limits
 from appliance.errors import ApplianceError, EngineStreamFailed
 from appliance.serving.admission import Exchange
 from appliance.serving.metrics import COMPLETE, ExchangeMetrics
-from appliance.serving.relay import EventSource
+from appliance.serving.relay import EventSource, find_usage
 from appliance.web.problem import error_body
 from appliance.wire.sse import PING, encode_event
+
+USAGE = b'"usage"'
+"""What events contain that tell it. Inside a text the quotes would be escaped."""
 
 
 class UncleanEnd(Exception):  # noqa: N818  # an instruction to the server, not an error
@@ -45,13 +48,21 @@ class EventStreamBody(ResponseBody):
         observed: ExchangeMetrics,
         *,
         first_deadline: float,
+        usage_asked: bool,
     ) -> None:
-        """`first_deadline` is on Trio's clock: the engine's first event comes before it."""
+        """Take over an exchange.
+
+        Args:
+            first_deadline: on Trio's clock; the engine's first event comes before it.
+            usage_asked: whether the engine was asked to tell the usage at the end.
+        """
         self._source = source
         self._exchange = exchange
         self._limits = limits
         self._observed = observed
         self._deadline = first_deadline
+        self._usage_asked = usage_asked
+        self._usage = b""  # the last events that may tell it
         self._failed = False
 
     async def __aenter__(self) -> Self:
@@ -88,9 +99,13 @@ class EventStreamBody(ResponseBody):
             data = await self._source.receive()
             if not data:
                 self._exchange.complete()
+                if self._usage:
+                    self._observed.usage(find_usage(self._usage, self._limits))
                 self._observed.end(COMPLETE)
                 raise StopAsyncIteration
-            self._observed.event()
+            self._observed.events(data.count(b"\n\n"))
+            if self._usage_asked and USAGE in data:
+                self._usage = data
             self._deadline = trio.current_time() + self._limits.engine_idle_s
             return data
         if trio.current_time() >= self._deadline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import httpx2
@@ -96,3 +97,54 @@ async def test_no_prompt_and_no_key_is_in_the_metrics(measured: RunningAppliance
     async with httpx2.AsyncClient(timeout=10) as client:
         text = (await client.get(metrics_url(measured))).text
     assert canary not in text
+
+
+async def tokens_told(appliance: RunningAppliance) -> tuple[float, float]:
+    seen = await scrape(appliance)
+    labels = (("endpoint", CHAT),)
+    return (
+        seen.get(("dcv_prompt_tokens_total", labels), 0),
+        seen.get(("dcv_completion_tokens_total", labels), 0),
+    )
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_tokens_are_counted_where_an_answer_tells_its_usage(
+    measured: RunningAppliance, choices: int
+) -> None:
+    usage = (await measured.chat(n=choices)).json()["usage"]
+    told = (usage["prompt_tokens"], usage["completion_tokens"])
+    assert min(told) > 0
+    assert await tokens_told(measured) == told
+    # A stream that was not asked for its usage tells none, and its client sees nothing new.
+    silent = await measured.chat('"usage" is only a word here', n=choices, stream=True)
+    assert '"usage":{' not in silent.text
+    assert await tokens_told(measured) == told
+    options = {"include_usage": True}
+    asked = await measured.chat(n=choices, stream=True, stream_options=options)
+    last = json.loads(asked.text.split("\n\n")[-3].removeprefix("data: "))["usage"]
+    assert await tokens_told(measured) == (
+        told[0] + last["prompt_tokens"],
+        told[1] + last["completion_tokens"],
+    )
+
+
+async def test_the_events_of_streams_and_the_gaps_between_them_are_counted(
+    measured: RunningAppliance,
+) -> None:
+    answer = await measured.chat("[[mode:slow:30]] Go", stream=True, max_tokens=10, ignore_eos=True)
+    events = answer.text.count("\n\n") - answer.text.count(": ping")
+    seen = await scrape(measured)
+    chat = ("endpoint", CHAT)
+    assert seen["dcv_stream_events_total", (chat,)] == events
+    assert seen["dcv_inter_token_seconds_count", (chat,)] >= 9
+    total = seen["dcv_inter_token_seconds_sum", (chat,)]
+    assert 0.25 < total < 5
+    buckets = {
+        dict(labels)["le"]: value
+        for (name, labels), value in seen.items()
+        if name == "dcv_inter_token_seconds_bucket"
+    }
+    assert list(buckets.values()) == sorted(buckets.values())
+    assert buckets["+Inf"] == seen["dcv_inter_token_seconds_count", (chat,)]
+    assert buckets["2.5"] - buckets["0.025"] >= 9

@@ -43,7 +43,8 @@ from appliance.web.http2 import (
     RESET_BURST,
     Http2Protocol,
 )
-from appliance.web.server import HEAD_BYTES, Connection, Connections, Service, _site
+from appliance.web.peers import site_of
+from appliance.web.server import HEAD_BYTES, Connection, Connections, Service
 from tests.integration.aftermath import (
     LAST_LIVE,
     LIVE,
@@ -458,7 +459,7 @@ async def test_connections_are_capped_per_peer_and_in_all_before_their_handshake
     ],
 )
 def test_a_peer_is_an_ipv4_address_or_an_ipv6_network(host: str, site: str) -> None:
-    assert _site(host) == site
+    assert site_of(host) == site
 
 
 def client_hello(appliance: RunningAppliance) -> bytes:

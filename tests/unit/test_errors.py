@@ -26,6 +26,7 @@ from appliance.errors import (
     ListenError,
     Malformed,
     ModelError,
+    leaves,
 )
 
 
@@ -125,3 +126,13 @@ def test_a_malformed_fields_path_is_the_openai_param(field: str, param: str | No
 def test_a_refusal_keeps_the_engines_status() -> None:
     assert EngineRefused("no", http_status=413).http_status == 413
     assert EngineRefused("no", http_status=400).http_status == 400
+
+
+def test_the_leaves_of_a_group_are_what_it_consists_of_however_nested() -> None:
+    one, two, three = ValueError("1"), KeyboardInterrupt(), ConfigError("3")
+    group = BaseExceptionGroup(
+        "a", [one, BaseExceptionGroup("b", [two, ExceptionGroup("c", [three])])]
+    )
+    assert leaves(group) == [one, two, three]
+    assert leaves(one) == [one]
+    assert leaves(None) == []

@@ -5,6 +5,8 @@ Every wait is bounded. Whatever a test does, closing the control socket ends all
 
 from __future__ import annotations
 
+import io
+import multiprocessing
 import os
 import secrets
 import select
@@ -19,8 +21,12 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import trio
+import trio.testing
 
 from appliance.engine import guardian
+from appliance.engine.process import GUARDIAN_S, _dismiss, _Guardian
+from appliance.log import configure_log
 
 PATIENCE_S = 20.0
 """Far more than any step takes; only a hang reaches it."""
@@ -355,3 +361,44 @@ def test_shared_memory_of_others_is_left_alone(shared: Path) -> None:
         engine.command(b"SK")
         assert engine.report() == "exit -9"
     assert shared.read_bytes() == b"not the engine's"
+
+
+SEMAPHORE = (
+    "import multiprocessing, signal\n"
+    "held = multiprocessing.get_context('spawn').Lock()\n"
+    "say('made', held._semlock.name)\n"
+    "while True: signal.pause()\n"
+)
+
+
+def test_semaphores_of_a_killed_engine_are_removed_and_those_of_others_are_not() -> None:
+    other = multiprocessing.get_context("spawn").Lock()
+    others_name = str(other._semlock.name)  # type: ignore[attr-defined]
+    with guarded(*program(SEMAPHORE)) as engine:
+        _, name = engine.said()
+        semaphore = Path(f"{guardian.SHARED_MEMORY}sem.{name.removeprefix('/')}")
+        assert semaphore.exists()
+        engine.command(b"K")
+        assert engine.report() == "exit -9"
+        assert not semaphore.exists()
+    assert Path(f"{guardian.SHARED_MEMORY}sem.{others_name.removeprefix('/')}").exists()
+
+
+# ------------------------------------------------------------------------- a guardian that hangs
+
+
+async def test_a_guardian_that_does_not_end_is_killed_within_a_bound(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        stuck = await trio.lowlevel.open_process(["sleep", "1000"], start_new_session=True)
+        control = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        output = io.StringIO()
+        log = configure_log(format="json", level="debug", stream=output)
+        mock_clock.rate = 20
+        began = trio.current_time()
+        await _dismiss(_Guardian(stuck, control), log)
+    assert GUARDIAN_S <= trio.current_time() - began < 2 * GUARDIAN_S
+    assert stuck.returncode == -signal.SIGKILL
+    assert output.getvalue() == ""
