@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from appliance import __version__
-from appliance.config import ApiKey, effective_config, load_config
+from appliance.config import ApiKey, effective_config, load_config, require_keys
 from appliance.engine.command import parse_extra_args
-from appliance.errors import EX_USAGE, ConfigError
+from appliance.errors import EX_SOFTWARE, EX_USAGE, ConfigError
 from appliance.log import configure_log
 from appliance.notify import Notifier
+from appliance.operator_input import load_operator_input, tighten
 from appliance.run import run
 from appliance.serving.auth import create_key, hash_key
+from appliance.verifier.commands import add_appraise
+from appliance.verifier.verify_command import add_verify
+
+DEFAULT_ATTESTER_SOCKET = "/run/dcv-attester/attester.sock"
+FIRST_INHERITED = 3
+"""SD_LISTEN_FDS_START."""
 
 DEFAULT_STATUS_SOCKET = "/run/dcv/status.sock"
 STATUS_TIMEOUT_S = 5.0
@@ -41,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve_command(arguments: argparse.Namespace) -> int:
     """`dcv serve`: boot and serve, or only check the configuration."""
     try:
-        config = load_config(arguments.config)
+        config, operator_input_digest = load_config(arguments.config), None
+        if arguments.operator_input is not None:
+            given = load_operator_input(arguments.operator_input)
+            config, operator_input_digest = tighten(config, given), given.digest
         parse_extra_args(config.engine.extra_args)
+        if not arguments.check:
+            require_keys(config)
     except ConfigError as error:
         print(f"dcv: {error.message}\ndcv: {error.advice}", file=sys.stderr)
         return error.exit_status
@@ -51,8 +63,49 @@ def serve_command(arguments: argparse.Namespace) -> int:
         return 0
     log = configure_log(format=config.log.format, level=config.log.level)
     notifier = Notifier.from_environment(os.environ, pid=os.getpid())
-    ended_by = trio.run(partial(run, config, log=log, notifier=notifier))
+    try:
+        ended_by = trio.run(
+            partial(
+                run,
+                config,
+                log=log,
+                notifier=notifier,
+                operator_input_digest=operator_input_digest,
+            )
+        )
+    except Exception:  # noqa: BLE001  # `run` logs every other; what cannot be logged is not printed
+        return EX_SOFTWARE
     return 0 if ended_by is None else ended_by.exit_status
+
+
+def attester_command(arguments: argparse.Namespace) -> int:
+    """`dcv attester`: collect evidence for one gateway, until it is gone."""
+    # Only here: the gateway's process never imports what talks to devices.
+    from appliance.attester.main import run_attester  # noqa: PLC0415
+
+    try:
+        config = load_config(arguments.config)
+    except ConfigError as error:
+        print(f"dcv: {error.message}\ndcv: {error.advice}", file=sys.stderr)
+        return error.exit_status
+    log = configure_log(format=config.log.format, level=config.log.level)
+    where = _inherited_socket(os.environ, os.getpid())
+    return trio.run(
+        partial(
+            run_attester,
+            arguments.socket if where is None else where,
+            config.attestation,
+            gateway=arguments.gateway or str(os.getuid()),
+            log=log,
+        )
+    )
+
+
+def _inherited_socket(environment: Mapping[str, str], pid: int) -> int | None:
+    """The one descriptor that systemd hands over (sd_listen_fds(3)); None without any."""
+    if environment.get("LISTEN_PID") != str(pid) or environment.get("LISTEN_FDS") != "1":
+        return None
+    return FIRST_INHERITED
 
 
 def new_key_command(arguments: argparse.Namespace) -> int:
@@ -116,9 +169,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file")
     serve.add_argument(
+        "--operator-input",
+        type=Path,
+        metavar="FILE",
+        help="TOML file of the operator's, which may only tighten what the configuration allows",
+    )
+    serve.add_argument(
         "--check", action="store_true", help="validate, print the effective configuration, exit"
     )
     serve.set_defaults(command=serve_command)
+
+    attester = commands.add_parser(
+        "attester",
+        help="collect evidence for the appliance (its own unit starts this)",
+        description="Collect this machine's evidence for one gateway, over a Unix socket of which "
+        "there is one connection, ever. Ends with it, or on SIGTERM.",
+        epilog="Exit status: 0 ended in order, 69 the socket or the gateway failed, 78 the "
+        "configuration is wrong.",
+    )
+    attester.add_argument(
+        "--socket",
+        type=Path,
+        default=Path(DEFAULT_ATTESTER_SOCKET),
+        metavar="PATH",
+        help="to listen on, unless systemd hands one over; default: %(default)s",
+    )
+    attester.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file")
+    attester.add_argument(
+        "--gateway", metavar="USER", help="who may connect, name or number; default: this user"
+    )
+    attester.set_defaults(command=attester_command)
 
     keys = commands.add_parser("keys", help="API keys")
     key_commands = keys.add_subparsers(required=True, metavar="COMMAND")
@@ -150,6 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_socket(csr)
     csr.set_defaults(command=csr_command)
+
+    add_verify(commands)
+    add_appraise(commands)
     return parser
 
 

@@ -3,11 +3,14 @@
     run ─┬─ signals          SIGTERM and SIGINT drain; a second one ends at once
          ├─ status socket    from the first moment on
          ├─ systemd          STATUS on every change, WATCHDOG while the loop turns
-         └─ live ─┬─ engine  supervised; its end withdraws the appliance
-                  └─ boot, then the public listener until it has drained
+         └─ live ─┬─ collector  its end withdraws the appliance
+                  └─ parts ─┬─ epochs
+                            ├─ engine  supervised; its end withdraws the appliance
+                            └─ boot, then the public listener until it has drained,
+                               with re-attestation, aborts and the operator's certificate beside it
 
 The order at the end is the reverse of the start: the listener closes and drains, then the engine
-is stopped, then the rest is cancelled.
+is stopped, the GPUs are taken back, the collector goes, and the rest is cancelled.
 """
 
 from __future__ import annotations
@@ -17,26 +20,43 @@ import secrets
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 
 import trio
 
+from appliance.attester.client import Attester, connect_attester, run_attester_child
 from appliance.boot import Booted, boot, run_stage
 from appliance.config import MeasuredConfig
+from appliance.endorsements.collect import Endorsements
 from appliance.engine.command import EngineCommand, EngineKeys
 from appliance.engine.process import RunningEngine, supervise
-from appliance.errors import ApplianceError, BootError, EngineError
-from appliance.log import Log
+from appliance.errors import (
+    ApplianceError,
+    AttesterError,
+    AttesterUnavailable,
+    BootError,
+    EngineError,
+    InternalError,
+    leaves,
+)
+from appliance.log import Log, describe_defect
 from appliance.notify import Notifier
+from appliance.rats.model import Anchors
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission
 from appliance.serving.auth import Authenticator
 from appliance.serving.certificates import ChainFile
+from appliance.serving.epochs import Epochs
+from appliance.serving.identity import ImageFacts
 from appliance.serving.keys import TlsIdentity
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.serving.metrics import Metrics
+from appliance.serving.own_evidence import OwnEvidence, rim_authenticator
+from appliance.serving.reattestation import Reattestation
 from appliance.web.app import create_app
+from appliance.web.attestation import AttestationServices, PeerRate
 from appliance.web.health import HealthSource
 from appliance.web.metrics import serve_metrics
 from appliance.web.openai import InferenceServices
@@ -45,6 +65,10 @@ from appliance.web.status import serve_status
 from appliance.wire.canonical import JsonObject
 
 LISTEN_S = 30.0
+
+TAKE_BACK_S = 5.0
+"""For the GPUs to be told that they may take no more work; the engine is gone by then."""
+
 CACHE_SECRET_BYTES = 32
 
 
@@ -55,19 +79,33 @@ async def run(
     notifier: Notifier,
     wall_clock: Callable[[], float] = time.time,
     random: Callable[[int], bytes] = secrets.token_bytes,
+    operator_input_digest: str | None = None,
 ) -> ApplianceError | None:
     """Boot and serve until told to stop, or until it must not go on.
 
+    Args:
+        config: with the operator's input in it, whose digest is told to clients.
+
     Returns:
-        None after an orderly stop; else what ended it (its `exit_status` is the process's).
+        None after an orderly stop; else what ended it (its `exit_status` is the process's), a
+        defect of ours included, of which only types and places in the code are logged.
     """
     lifecycle = Lifecycle(wall_clock=wall_clock, clock=trio.current_time)
     admission = Admission(lifecycle, config.limits)
     metrics = Metrics(lifecycle, clock=trio.current_time)
     metrics.gauge("dcv_exchanges_running", "Admitted exchanges", lambda: admission.running)
     metrics.gauge("dcv_requests_waiting", "Requests in line for a place", lambda: admission.waiting)
-    health = HealthSource(config=config, lifecycle=lifecycle, admission=admission)
-    appliance = _Appliance(config, lifecycle, admission, health, metrics, log, wall_clock, random)
+    defects: list[dict[str, object]] = []
+    appliance = _Appliance(
+        config,
+        lifecycle,
+        admission,
+        metrics,
+        log,
+        wall_clock,
+        random,
+        operator_input_digest,
+    )
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(_watch_signals, appliance, nursery.cancel_scope)
@@ -82,8 +120,12 @@ async def run(
             await appliance.live(notifier)
             nursery.cancel_scope.cancel()
     except* ApplianceError as group:
-        failed = _first(group)
-        lifecycle.error = lifecycle.error or failed
+        first = leaves(group)[0]
+        assert isinstance(first, ApplianceError)
+        lifecycle.error = lifecycle.error or first
+    except* Exception as group:  # noqa: BLE001  # a defect; by now all of it has ended
+        defects = [describe_defect(leaf) for leaf in leaves(group)]
+        lifecycle.error = lifecycle.error or InternalError("a defect ended the appliance")
     if lifecycle.error is not None:
         log.error(
             "appliance_ended",
@@ -91,6 +133,7 @@ async def run(
             code=lifecycle.error.code,
             error=lifecycle.error.message,
             advice=lifecycle.error.advice,
+            **({"defects": defects} if defects else {}),
         )
     return lifecycle.error
 
@@ -103,16 +146,17 @@ class _Appliance:
         config: MeasuredConfig,
         lifecycle: Lifecycle,
         admission: Admission,
-        health: HealthSource,
         metrics: Metrics,
         log: Log,
         wall_clock: Callable[[], float],
         random: Callable[[int], bytes],
+        operator_input_digest: str | None,
     ) -> None:
         self.config = config
+        self.operator_input_digest = operator_input_digest
         self.lifecycle = lifecycle
         self.admission = admission
-        self.health = health
+        self.health = HealthSource(config, lifecycle, admission, self.attestation)
         self.metrics = metrics
         self.log = log
         self.wall_clock = wall_clock
@@ -120,31 +164,43 @@ class _Appliance:
         self.booting = trio.CancelScope()
         self.urls: list[str] = []
         self.tls: TlsIdentity | None = None
+        self.attester: Attester | None = None
+        self.gpus_are_ready = False
+        self.reattestation: Reattestation | None = None
 
     async def live(self, notifier: Notifier) -> None:
-        """Boot, serve, drain, stop the engine."""
-        async with trio.open_nursery() as parts:
+        """Boot, serve, drain, stop the engine, take the GPUs back, let the collector go."""
+        async with AsyncExitStack() as self.clients, trio.open_nursery() as self.collectors:
             try:
-                with self.booting:
-                    booted = await boot(
-                        self.config,
-                        start_engine=partial(self._start_engine, parts),
-                        publish_tls=self._publish_tls,
-                        lifecycle=self.lifecycle,
-                        log=self.log,
-                        now=self._now,
-                        random=self.random,
-                    )
-                if self.booting.cancelled_caught:
-                    self.lifecycle.enter(State.STOPPED)
-                else:
-                    await self._serve(booted, notifier)
-            except BootError as error:
-                self.lifecycle.enter(State.FAILED, error=error)
-            notifier.stopping()
-            parts.cancel_scope.cancel()
+                async with trio.open_nursery() as self.parts:
+                    await self._boot_and_serve(notifier)
+                    notifier.stopping()
+                    self.parts.cancel_scope.cancel()
+            finally:
+                await self._take_gpus_back()
+            self.collectors.cancel_scope.cancel()
         if self.lifecycle.state is State.DRAINING:
             self.lifecycle.enter(State.STOPPED)
+
+    async def _boot_and_serve(self, notifier: Notifier) -> None:
+        try:
+            with self.booting:
+                booted = await boot(
+                    self.config,
+                    owner=self,
+                    image=ImageFacts(),
+                    operator_input_digest=self.operator_input_digest,
+                    lifecycle=self.lifecycle,
+                    log=self.log,
+                    now=self.wall_clock,
+                    random=self.random,
+                )
+            if self.booting.cancelled_caught:
+                self.lifecycle.enter(State.STOPPED)
+            else:
+                await self._serve(booted, notifier)
+        except BootError as error:
+            self.lifecycle.enter(State.FAILED, error=error)
 
     def drain(self) -> None:
         """Stop in an orderly way, from wherever we are. Idempotent."""
@@ -155,8 +211,10 @@ class _Appliance:
             self.admission.refuse_waiting()
 
     def status(self) -> JsonObject:
-        """What the status socket says: the health document and the public parts of the TLS key."""
+        """What the status socket says: the health document, the digest of the operator's input and
+        the public parts of the TLS key."""
         document = self.health.snapshot()
+        document["operator_input_digest"] = self.operator_input_digest
         document["tls"] = None
         if self.tls is not None:
             document["tls"] = {
@@ -173,7 +231,8 @@ class _Appliance:
                 detail = f": {stage.detail}" if stage.detail else ""
                 return f"booting, stage {stage.number} ({stage.name}){detail}"
             case State.SERVING:
-                return f"serving {self.config.model.id} at {' '.join(self.urls)}, not attested"
+                where = f"{self.config.model.id} at {' '.join(self.urls)}"
+                return f"serving {where}, attestation: {self.verdict()}"
             case State.DRAINING:
                 return f"draining, {self.admission.running} running"
             case State.WITHDRAWN | State.FAILED:
@@ -196,7 +255,18 @@ class _Appliance:
             random=self.random,
             created=int(self.wall_clock()),
         )
-        app = create_app(services, self.health, csr=booted.tls.csr, log=self.log)
+        proof = AttestationServices(
+            config=self.config,
+            identity=booted.identity,
+            own=booted.own,
+            epochs=booted.epochs,
+            reports=booted.reports,
+            authenticator=services.authenticator,
+            now=self.wall_clock,
+            rate=PeerRate(self.config.limits.reports_per_minute),
+        )
+        self.reattestation = booted.reattestation
+        app = create_app(services, proof, self.health, csr=booted.tls.csr, log=self.log)
         listeners = await run_stage(
             10,
             "listener",
@@ -208,6 +278,7 @@ class _Appliance:
         self.urls = [url_of(listener) for listener in listeners]
         async with trio.open_nursery() as helpers:
             helpers.start_soon(aborts.run)
+            helpers.start_soon(booted.reattestation.run)
             if self.config.tls.chain_file:
                 await helpers.start(self._watch_chain, booted)
             self.lifecycle.enter(State.SERVING)
@@ -237,14 +308,85 @@ class _Appliance:
         )
         await chain.watch(tls.chain_interval_s, task_status=task_status)
 
-    def _publish_tls(self, identity: TlsIdentity) -> None:
+    def attestation(self) -> JsonObject | None:
+        """For the health document."""
+        return None if self.reattestation is None else self.reattestation.health()
+
+    def verdict(self) -> str:
+        """The last one on ourselves."""
+        result = self.reattestation.result if self.reattestation is not None else None
+        return "none" if result is None else result.verdict.value
+
+    # What `boot` asks of its owner.
+
+    def publish_tls(self, identity: TlsIdentity) -> None:
+        """Told at stage 2."""
         self.tls = identity
 
-    async def _start_engine(
-        self, nursery: trio.Nursery, command: EngineCommand, keys: EngineKeys
-    ) -> RunningEngine:
-        engine: RunningEngine = await nursery.start(self._keep_engine, command, keys)
+    async def start_attester(self, anchors: Anchors) -> tuple[Attester, OwnEvidence]:
+        """Connect to the collector's unit, or start a collector as a child."""
+        settings = self.config.attestation
+        endorsements = await self.clients.enter_async_context(
+            Endorsements(
+                settings,
+                anchors,
+                authenticate_rim=rim_authenticator(anchors.nvidia_rim),
+                log=self.log,
+                now=self._now,
+            )
+        )
+        attester: Attester = await self.collectors.start(self._keep_attester)
+        self.attester = attester
+        return attester, OwnEvidence(
+            self.config, attester, endorsements, anchors, now=self.wall_clock
+        )
+
+    def start_epochs(self, epochs: Epochs) -> None:
+        """Form epochs until the end."""
+        self.parts.start_soon(epochs.run)
+
+    def gpus_ready(self) -> None:
+        """Told at stage 6: from now on they have to be taken back."""
+        self.gpus_are_ready = True
+
+    async def start_engine(self, command: EngineCommand, keys: EngineKeys) -> RunningEngine:
+        """Supervise the engine until the end."""
+        engine: RunningEngine = await self.parts.start(self._keep_engine, command, keys)
         return engine
+
+    def withdraw(self, error: ApplianceError) -> None:
+        """Stop serving at once, for good: running exchanges are ended with the reason."""
+        if self.lifecycle.state in (State.SERVING, State.DRAINING):
+            self.log.error("withdrawn", code=error.code, error=error.message)
+            self.lifecycle.enter(State.WITHDRAWN, error=error)
+            self.admission.refuse_waiting()
+
+    async def _keep_attester(self, task_status: trio.TaskStatus[Attester]) -> None:
+        """Once connected, the collector's end withdraws the appliance; during the boot the next
+        stage that asks it fails."""
+        settings, path = self.config.attestation, self.config.attestation.attester_socket
+        try:
+            if path:
+                await connect_attester(path, settings, lost=self.withdraw, task_status=task_status)
+            else:
+                await run_attester_child(
+                    settings, log=self.log, lost=self.withdraw, task_status=task_status
+                )
+        except AttesterUnavailable:
+            if self.attester is None:
+                raise
+
+    async def _take_gpus_back(self) -> None:
+        """Nothing may be put on GPUs that nobody watches any more."""
+        if not self.gpus_are_ready or self.attester is None:
+            return
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + TAKE_BACK_S) as scope:
+            try:
+                await self.attester.set_gpus_ready(False)
+            except AttesterError as error:
+                self.log.error("gpus_not_taken_back", code=error.code, error=error.message)
+        if scope.cancelled_caught:
+            self.log.error("gpus_not_taken_back", error="the collector did not answer")
 
     async def _keep_engine(
         self,
@@ -252,8 +394,7 @@ class _Appliance:
         keys: EngineKeys,
         task_status: trio.TaskStatus[RunningEngine],
     ) -> None:
-        """Supervise the engine. Once the appliance serves, the engine's failure withdraws it, and
-        running exchanges are ended with the reason."""
+        """Once the appliance serves, the engine's failure withdraws it."""
         try:
             await supervise(
                 command,
@@ -270,11 +411,8 @@ class _Appliance:
 
     def _engine_failed(self, error: EngineError) -> None:
         """Withdraw at once: a hung engine may take its whole grace to be stopped."""
-        if self.lifecycle.state in (State.SERVING, State.DRAINING):
-            self.log.error("withdrawn", code=error.code, error=error.message)
-            self.metrics.engine_failures.labels(error.code).inc()
-            self.lifecycle.enter(State.WITHDRAWN, error=error)
-            self.admission.refuse_waiting()
+        self.metrics.engine_failures.labels(error.code).inc()
+        self.withdraw(error)
 
     def _now(self) -> datetime.datetime:
         return datetime.datetime.fromtimestamp(self.wall_clock(), tz=datetime.UTC)
@@ -309,11 +447,3 @@ async def _feed_watchdog(notifier: Notifier) -> None:
     while True:
         notifier.watchdog()
         await trio.sleep(notifier.watchdog_s / 3)
-
-
-def _first(group: BaseExceptionGroup[ApplianceError]) -> ApplianceError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, ApplianceError)
-    return error

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
-from quart import Response
+from quart import Request, Response
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers.request import TrioBody
 from werkzeug.exceptions import HTTPException
+from werkzeug.wrappers import Response as WerkzeugResponse
 
 from appliance.errors import (
     ApplianceError,
@@ -17,14 +19,54 @@ from appliance.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
+    Overloaded,
     RouteNotFound,
 )
 from appliance.log import Log
+from appliance.serving.admission import RETRY_AFTER_S
+from appliance.serving.bodies import BodyBudget
+from appliance.web.attestation import AttestationServices, add_attestation_routes
 from appliance.web.health import HealthSource, add_health_routes
 from appliance.web.openai import CLEANUP, InferenceServices, add_inference_routes
 from appliance.web.openapi import add_openapi_route
+from appliance.web.peers import site_of
 from appliance.web.problem import problem
 from appliance.web.well_known import add_well_known_routes
+
+
+class CountedBody(TrioBody):
+    """A request body whose bytes are counted as they arrive, and not kept when there is no room.
+
+    Quart keeps a body as it comes, also while nobody reads it yet.
+    """
+
+    def __init__(
+        self, budget: BodyBudget, site: str, *, content_length: int | None, max_bytes: int
+    ) -> None:
+        super().__init__(content_length, max_bytes)
+        self._held = budget.hold(site, self._give_way)
+
+    def append(self, data: bytes) -> None:
+        """Bytes have arrived; what comes after a refusal or the answer is dropped."""
+        if self._must_raise is None and self._held.grow(len(data)):
+            super().append(data)
+
+    def set_complete(self) -> None:
+        """That was all of it."""
+        super().set_complete()
+        self._held.finish()
+
+    def release(self) -> None:
+        """Nobody needs it any more, nor what may still come. Idempotent."""
+        self._held.release()
+        self._data.clear()
+
+    def _give_way(self) -> None:
+        self._must_raise = Overloaded(
+            "the bodies of all requests together are too large now", retry_after_s=RETRY_AFTER_S
+        )
+        self._data.clear()
+        super().set_complete()
 
 
 class RequestConnection(TrioASGIHTTPConnection):
@@ -34,21 +76,57 @@ class RequestConnection(TrioASGIHTTPConnection):
     the handler nor the body is running. So neither owns what must be released; this does.
     """
 
+    app: GatewayApp
+
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         """Serve the request; called by Quart with the two ends of the ASGI exchange."""
         with ExitStack() as cleanup:
             self.scope[CLEANUP] = cleanup  # type: ignore[literal-required]
             await super().__call__(receive, send)
 
+    def _create_request_from_scope(self, send: ASGISendCallable) -> Request:
+        request = super()._create_request_from_scope(send)
+        client = self.scope["client"]
+        body = CountedBody(
+            self.app.bodies,
+            site_of(client[0]) if client else "",
+            content_length=request.content_length,
+            max_bytes=self.app.config["MAX_CONTENT_LENGTH"],
+        )
+        request.body = body
+        self.scope[CLEANUP].callback(body.release)  # type: ignore[literal-required]
+        return request
+
 
 class GatewayApp(QuartTrio):
-    """Quart with our request connection."""
+    """Quart with our request connection.
+
+    Attributes:
+        bodies: what the bodies of all requests may take together.
+    """
 
     asgi_http_class = RequestConnection
 
+    def __init__(self, bodies: BodyBudget) -> None:
+        super().__init__("dcv", static_folder=None)
+        self.bodies = bodies
+
+    async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
+        """Have a request answered. Once the answer begins, its body is needed no more."""
+        try:
+            return await super().handle_request(request)
+        finally:
+            assert isinstance(request.body, CountedBody)
+            request.body.release()
+
 
 def create_app(
-    services: InferenceServices, health: HealthSource, *, csr: bytes, log: Log
+    services: InferenceServices,
+    proof: AttestationServices,
+    health: HealthSource,
+    *,
+    csr: bytes,
+    log: Log,
 ) -> GatewayApp:
     """The application with every route.
 
@@ -56,13 +134,18 @@ def create_app(
         csr: PEM of the certificate request for the TLS key.
     """
     limits = services.config.limits
-    app = GatewayApp("dcv", static_folder=None)
+    bodies = BodyBudget(limits.max_body_bytes_total)
+    services.metrics.gauge(
+        "dcv_body_bytes_held", "Bytes of request bodies that are held", lambda: bodies.held
+    )
+    app = GatewayApp(bodies)
     app.config["MAX_CONTENT_LENGTH"] = limits.max_body_bytes
     app.config["BODY_TIMEOUT"] = limits.body_s
     # Every wait of ours has its own deadline; Quart's would cut a long answer without a word.
     app.config["RESPONSE_TIMEOUT"] = None
     add_inference_routes(app, services)
     add_health_routes(app, health)
+    add_attestation_routes(app, proof)
     add_well_known_routes(app, csr=csr)
     add_openapi_route(app, services.config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from quart import Response
@@ -18,11 +19,16 @@ ENGINE_NAME = "sglang"
 
 @dataclass(frozen=True, slots=True)
 class HealthSource:
-    """Where the facts come from; complete from the first moment of the boot on."""
+    """Where the facts come from; complete from the first moment of the boot on.
+
+    Attributes:
+        attestation: verdict, schemes and age of our own evidence; null before there is any.
+    """
 
     config: MeasuredConfig
     lifecycle: Lifecycle
     admission: Admission
+    attestation: Callable[[], JsonObject | None]
 
     def snapshot(self) -> JsonObject:
         """The health document, without anything about requests but their number."""
@@ -41,7 +47,7 @@ class HealthSource:
                 "version": self.config.engine.version,
                 "ready": serving or lifecycle.state is State.DRAINING,
             },
-            "attestation": None,
+            "attestation": self.attestation(),
             "model": self.config.model.id,
             "version": __version__,
             "uptime_s": int(lifecycle.uptime_s),

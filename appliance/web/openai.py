@@ -33,13 +33,13 @@ from appliance.serving.metrics import (
 )
 from appliance.serving.relay import collect_answer, event_source, forward
 from appliance.serving.tokenizing import ModelTokenizer
+from appliance.web.bodies import read_body, read_object
 from appliance.web.stream import EventStreamBody
 from appliance.wire.canonical import (
     MAX_SAFE_INTEGER,
     JsonObject,
     JsonValue,
     canonical_json,
-    parse_json_object,
 )
 from appliance.wire.openai import (
     ChoicePlan,
@@ -159,7 +159,7 @@ async def _infer(
     # 1. Authenticate, from the headers: nobody else's body is worth reading.
     tenant = _tenant(services)
     # 2. Read and understand; the raw bytes are what a receipt will name.
-    raw = await _read_body()
+    raw = await read_body()
     body = parse_body(raw, max_nesting=limits.max_nesting)
     wanted = parse_request(endpoint, body, extra_keys=services.config.engine.extra_request_keys)
     _check_model(wanted.model, services)
@@ -180,7 +180,7 @@ async def _infer(
     try:
         if wanted.stream:
             return await _stream(services, wanted, plans, exchange, response_id, observed), True
-        return await _complete(services, wanted, plans, exchange, response_id), False
+        return await _complete(services, wanted, plans, exchange, response_id, observed), False
     except EngineError as error:
         raise exchange.interrupted or error from error
 
@@ -191,16 +191,18 @@ async def _complete(
     plans: tuple[ChoicePlan, ...],
     exchange: Exchange,
     response_id: str,
+    observed: ExchangeMetrics,
 ) -> Response:
     limits = services.config.limits
     try:
         with trio.fail_after(limits.generation_s):
             responses = await forward(services.engine, wanted, plans, exchange, services.aborts)
-            data = await collect_answer(responses, plans, limits, response_id=response_id)
+            answer = await collect_answer(responses, plans, limits, response_id=response_id)
         exchange.complete()
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine took too long to answer") from None
-    return Response(data, content_type="application/json")
+    observed.usage(answer.value.get("usage"))
+    return Response(answer.data, content_type="application/json")
 
 
 async def _stream(
@@ -224,7 +226,14 @@ async def _stream(
     with trio.move_on_after(limits.heartbeat_s):
         await source.start()
     response = Response(
-        EventStreamBody(source, exchange, limits, observed, first_deadline=deadline),
+        EventStreamBody(
+            source,
+            exchange,
+            limits,
+            observed,
+            first_deadline=deadline,
+            usage_asked=wanted.include_usage,
+        ),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache"},
     )
@@ -236,7 +245,9 @@ async def encode_tokens(services: InferenceServices) -> Response:
     """`/v1/tokenize`: token ids of a text or of several."""
     _tenant(services)
     tokenizer = _tokenizer(services)
-    wanted = convert(await _read_object(services), TokenizeRequest)
+    wanted = convert(
+        await read_object(max_nesting=services.config.limits.max_nesting), TokenizeRequest
+    )
     _check_model(wanted.model, services)
     many = isinstance(wanted.prompt, list)
     texts = wanted.prompt if isinstance(wanted.prompt, list) else [wanted.prompt]
@@ -256,7 +267,9 @@ async def decode_tokens(services: InferenceServices) -> Response:
     """`/v1/detokenize`: the text of token ids, or of several lists of them."""
     _tenant(services)
     tokenizer = _tokenizer(services)
-    wanted = convert(await _read_object(services), DetokenizeRequest)
+    wanted = convert(
+        await read_object(max_nesting=services.config.limits.max_nesting), DetokenizeRequest
+    )
     _check_model(wanted.model, services)
     batches = [item for item in wanted.tokens if isinstance(item, list)]
     ids = [item for item in wanted.tokens if isinstance(item, int)]
@@ -268,19 +281,6 @@ async def decode_tokens(services: InferenceServices) -> Response:
     )
     decoded: list[JsonValue] = list(texts)
     return _json({"text": decoded if many else decoded[0]})
-
-
-async def _read_body() -> bytes:
-    """The raw body, whole. Its size and time are bounded by Quart from our limits."""
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise UnsupportedFeature("expected a body without content encoding")
-    data = await request.get_data(cache=False, as_text=False)
-    assert isinstance(data, bytes)
-    return data
-
-
-async def _read_object(services: InferenceServices) -> JsonObject:
-    return parse_json_object(await _read_body(), max_nesting=services.config.limits.max_nesting)
 
 
 def _tenant(services: InferenceServices) -> Tenant:

@@ -24,11 +24,16 @@ from appliance import __version__, errors
 from appliance.config import MeasuredConfig
 from appliance.errors import ApplianceError
 from appliance.serving.lifecycle import State
+from appliance.web.attestation import PREFIXES as ATTESTATION_PREFIXES
+from appliance.web.attestation import GenerateRequest, VerifyRequest
 from appliance.web.openai import PREFIXES, DetokenizeRequest, TokenizeRequest
 from appliance.wire.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue, canonical_json
 from appliance.wire.openai import ChatRequest, CompletionRequest, Sampling
 
-_BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (
+    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, GenerateRequest,
+    VerifyRequest,
+)  # fmt: skip
 _KEY = "api_key"
 
 # Which errors an operation meets; their statuses are their own.
@@ -42,6 +47,16 @@ _GENERATING = (
     *_READING, errors.InvalidSeed, errors.SessionNotAccepted, errors.RateLimited,
     errors.Overloaded, errors.NotServing, errors.EngineRefused, errors.EngineUnavailable,
     errors.EngineDied, errors.EngineHung, errors.EngineStreamFailed, errors.EngineProtocolError,
+)  # fmt: skip
+_PROVING = (
+    errors.RateLimited, errors.Overloaded, errors.ProviderAbsent, errors.DeviceFault,
+    errors.AttesterUnavailable, errors.Unauthentic, errors.Revoked, errors.Stale, errors.Unbound,
+    errors.Contraindicated,
+)  # fmt: skip
+_SHOWING = (
+    *_ASKING_A_KEY, errors.Malformed, errors.InvalidRequest, errors.UnknownParameter,
+    errors.UnsupportedFeature, errors.BodyTooSlow, errors.BodyTooLarge, errors.RateLimited,
+    errors.Overloaded,
 )  # fmt: skip
 _ONLY_WITH_KEYS = frozenset({errors.Unauthorized, errors.RateLimited})
 
@@ -62,6 +77,7 @@ class _Operation:
     answers: dict[str, JsonObject]
     body: str = ""
     errors: tuple[type[ApplianceError], ...] = ()
+    parameters: tuple[JsonObject, ...] = ()
 
 
 def openapi_document(config: MeasuredConfig) -> JsonObject:
@@ -112,7 +128,7 @@ def _operation(operation: _Operation, path: str, config: MeasuredConfig) -> Json
     met = _met(operation, config)
     responses |= {str(_status(error)): _ref("responses", str(_status(error))) for error in met}
     found: JsonObject = {"summary": operation.summary, "responses": responses}
-    parameters: list[JsonValue] = []
+    parameters: list[JsonValue] = list(operation.parameters)
     if "{model_id}" in path:
         model: JsonObject = {"enum": [config.model.id]}
         parameters.append({"name": "model_id", "in": "path", "required": True, "schema": model})
@@ -130,8 +146,11 @@ def _operation(operation: _Operation, path: str, config: MeasuredConfig) -> Json
 
 
 def _met(operation: _Operation, config: MeasuredConfig) -> set[type[ApplianceError]]:
-    never = frozenset() if config.auth.mode == "keys" else _ONLY_WITH_KEYS
-    return set(operation.errors) - never
+    if config.auth.mode == "keys":
+        return set(operation.errors)
+    # A peer's rate is bounded whether there are keys or not.
+    by_key = _ONLY_WITH_KEYS if operation.errors == _GENERATING else _ASKING_A_KEY
+    return set(operation.errors) - set(by_key)
 
 
 def _schemas(config: MeasuredConfig) -> JsonObject:
@@ -266,7 +285,14 @@ _ANSWERS: JsonObject = {
     "Health": _object(
         status={"enum": [state.value for state in State]}, stage=_object(number=_WHOLE, name=_TEXT),
         engine=_object(name=_TEXT, version=_TEXT, ready=_BOOLEAN), model=_TEXT, version=_TEXT,
-        uptime_s=_WHOLE, running=_WHOLE,
+        uptime_s=_WHOLE, running=_WHOLE, attestation={"type": ["object", "null"]},
+    ),
+    "Report": _object(
+        api_version={"const": "aci/1"}, workload_keyset_digest=_TEXT,
+        attestation=_object(
+            tee_type=_TEXT, workload_keyset={"type": "object"}, report_data=_TEXT,
+            evidence={"type": "object"},
+        ),
     ),
 }  # fmt: skip
 
@@ -275,6 +301,26 @@ def _everywhere(path: str) -> tuple[str, ...]:
     return tuple(prefix + path for prefix in PREFIXES)
 
 
+def _attestation(path: str) -> tuple[str, ...]:
+    return tuple(prefix + path for prefix in ATTESTATION_PREFIXES)
+
+
+_NONCE: JsonObject = {
+    "name": "nonce", "in": "query",
+    "schema": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    "description": "Of your choice; without one the null form, which anybody may have asked for.",
+}  # fmt: skip
+_DIGEST: JsonObject = {
+    "name": "digest", "in": "path", "required": True,
+    "schema": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
+}  # fmt: skip
+_GENERATED = _object(
+    verified=_BOOLEAN, evidences=_list({}), claims=_list({}), eat=_TEXT, client_nonce=_TEXT,
+    nonce=_TEXT, inclusion={"type": "object"}, keyset_digest=_TEXT,
+)  # fmt: skip
+_VERIFIED = _object(
+    verified=_BOOLEAN, claims=_list({}), findings=_list({}), error={"type": ["object", "null"]}
+)
 _HEALTH = _json(_ref("schemas", "Health"))
 _MODELS = _object(object={"const": "list"}, data=_list(_ref("schemas", "Model")))
 _TOKENS = _object(
@@ -299,6 +345,21 @@ _OPERATIONS = (
                {"200": _HEALTH, "503": _HEALTH}),
     _Operation("live", "Whether the process answers", ("/health/live",),
                {"200": _json(_object(status={"const": "live"}))}),
+    _Operation("report", "Evidence about this appliance", ("/v1/aci/attestation",),
+               {"200": _json(_ref("schemas", "Report"))},
+               errors=(errors.InvalidRequest, *_PROVING), parameters=(_NONCE,)),
+    _Operation("archived", "The null-form report of a keyset", ("/v1/dcv/reports/{digest}",),
+               {"200": _json(_ref("schemas", "Report"))},
+               errors=(errors.InvalidRequest, errors.RouteNotFound, *_PROVING),
+               parameters=(_DIGEST,)),
+    _Operation("generate", "GPU evidence over a nonce", _attestation("/generate"),
+               {"200": _json(_GENERATED)}, "GenerateRequest", (*_SHOWING, *_PROVING)),
+    _Operation("verify", "A verdict on GPU evidence", _attestation("/verify"),
+               {"200": _json(_VERIFIED)}, "VerifyRequest", _SHOWING),
+    _Operation("info", "What the GPU attestation device does", ("/~sev_gpu@1.0/info",),
+               {"200": _json(_object(exports=_list(_TEXT), version=_TEXT))}),
+    _Operation("well_known", "Versions and endpoints", ("/.well-known/dcv",),
+               {"200": _json(_object(api_versions=_list(_TEXT), endpoints={"type": "object"}))}),
     _Operation("csr", "A certificate request for the TLS key", ("/.well-known/dcv/csr",),
                {"200": {"text/plain": {"schema": _TEXT}}}),
     _Operation("openapi", "This document", ("/openapi.json",), {"200": _json({"type": "object"})}),

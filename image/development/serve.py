@@ -21,6 +21,9 @@ from paths import ENGINE_CPU_PATH, ENGINE_PYTHON, LAYOUT, model_digests, model_d
 MODEL_ID: Final = "smollm2-135m-instruct"
 PORT: Final = 8443
 FAKE_ENGINE: Final = LAYOUT.root / "tests" / "fakes" / "sglang_engine.py"
+POLICY: Final = {"tee_types": ["unsafe_simulated"], "gpus": "unsafe_simulated"}
+"""Of the simulated hardware, for the appliance and for whoever verifies it."""
+
 NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
 
 
@@ -61,7 +64,7 @@ def development_config(*, engine: str, port: int) -> str:
         "tls": tls,
         "auth": {"mode": "loopback"},
         "attestation": {"cpu": "simulated", "gpu": "simulated"},
-        "policy": {"tee_types": ["unsafe_simulated"], "gpus": "unsafe_simulated"},
+        "policy": POLICY,
         "limits": {"drain_s": 10.0},
         "engine": settings,
         "model": model,
@@ -77,6 +80,7 @@ def write_config(folder: Path, *, engine: str, port: int) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "dcv.toml"
     path.write_text(development_config(engine=engine, port=port), encoding="utf-8")
+    (folder / "policy.toml").write_text(_section("policy", POLICY), encoding="utf-8")
     return path
 
 

@@ -8,6 +8,7 @@ import json
 import secrets
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -174,6 +175,7 @@ async def start_appliance(
     sections: Sections | None = None,
     notifier: Notifier | None = None,
     random: Callable[[int], bytes] = secrets.token_bytes,
+    wall_clock: Callable[[], float] = time.time,
 ) -> RunningAppliance:
     """Start an appliance in the nursery and wait until it serves."""
     config = parse_config(config_text(folder, modes, sections), folder=folder)
@@ -182,7 +184,15 @@ async def start_appliance(
     ended, result = trio.Event(), list[ApplianceError | None]()
 
     async def live() -> None:
-        result.append(await run(config, log=log, notifier=notifier or Notifier(), random=random))
+        result.append(
+            await run(
+                config,
+                log=log,
+                notifier=notifier or Notifier(),
+                random=random,
+                wall_clock=wall_clock,
+            )
+        )
         ended.set()
 
     nursery.start_soon(live)

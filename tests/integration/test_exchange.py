@@ -216,7 +216,7 @@ async def test_the_original_interface_answers_as_the_openai_one(
             assert response.status_code == 200, response.text
 
 
-async def test_health_says_what_runs_and_that_nothing_is_attested(
+async def test_health_says_what_runs_and_what_our_evidence_is_worth(
     appliance: RunningAppliance,
 ) -> None:
     async with appliance.client() as client:
@@ -224,7 +224,10 @@ async def test_health_says_what_runs_and_that_nothing_is_attested(
     assert health["status"] == "serving"
     assert health["stage"]["number"] == 10
     assert health["engine"]["ready"] is True
-    assert health["attestation"] is None
+    attestation = health["attestation"]
+    assert attestation["verdict"] == "warning"
+    assert attestation["schemes"] == ["simulated", "simulated"]
+    assert 0 <= attestation["age_s"] <= 60
     assert health["model"] == MODEL
 
 

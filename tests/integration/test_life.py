@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import secrets
@@ -18,6 +20,7 @@ import httpx2
 import pytest
 import trio
 
+from appliance.config import parse_config
 from appliance.errors import (
     EX_CONFIG,
     EX_OSERR,
@@ -25,8 +28,11 @@ from appliance.errors import (
     EX_UNAVAILABLE,
     EngineDied,
     EngineHung,
+    InternalError,
 )
+from appliance.log import configure_log
 from appliance.notify import Notifier
+from appliance.run import run
 from tests.integration.appliance import (
     MODEL,
     RawConnection,
@@ -177,15 +183,16 @@ async def test_a_sigterm_between_boot_and_serving_is_not_lost(
     calls = 0
 
     def random(size: int) -> bytes:
-        """The third draw, the cache secret, is made after the boot and before the listener."""
+        """The fifth draw, the cache secret, is made after the boot and before the listener: two
+        engine keys and the nonces of stages 4 and 9 come first."""
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return secrets.token_bytes(size)
 
     appliance = await start_appliance(nursery, tmp_path, random=random)
-    assert calls == 3
+    assert calls == 5
     await ended(appliance)
     assert appliance.result == [None]
 
@@ -470,6 +477,47 @@ def test_a_taken_port_is_stage_10s_error(
     assert "stage 10 (listener): cannot listen" in (folder / "log").read_text()
 
 
+async def test_a_defect_is_logged_by_type_and_place_without_what_it_quotes(folder: Path) -> None:
+    canary = secrets.token_hex(16)
+
+    def random(size: int) -> bytes:
+        """Fails at the fifth call, the cache secret: the engine runs by then."""
+        calls.append(size)
+        if len(calls) == 5:
+            raise ZeroDivisionError(canary)
+        return secrets.token_bytes(size)
+
+    calls = list[int]()
+    config = parse_config(config_text(folder), folder=folder)
+    stream = io.StringIO()
+    log = configure_log(format="json", level="debug", stream=stream)
+    ended_by = await run(config, log=log, notifier=Notifier(), random=random)
+    assert isinstance(ended_by, InternalError)
+    assert ended_by.exit_status == EX_SOFTWARE
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert "engine_stopped" in [line["event"] for line in lines]
+    assert lines[-1]["event"] == "appliance_ended"
+    assert lines[-1]["code"] == "internal_error"
+    [defect] = lines[-1]["defects"]
+    assert defect["error"] == "ZeroDivisionError"
+    assert any(place.startswith("appliance.run:") for place in defect["where"])
+    assert defect["where"][-1].startswith(f"{__name__}:")
+    assert canary not in stream.getvalue()
+
+
+def test_a_log_that_cannot_be_written_ends_the_appliance_as_a_defect(folder: Path) -> None:
+    write(folder)
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*DCV, "serve", "--config", folder / "dcv.toml"],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            timeout=60,
+        )
+    assert ended.returncode == EX_SOFTWARE
+    assert ended.stdout == b""
+
+
 def test_sigterm_during_the_boot_stops_it_in_order(
     folder: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
@@ -529,6 +577,59 @@ def test_check_prints_the_effective_configuration_and_starts_nothing(folder: Pat
     )
     assert refused.returncode == EX_CONFIG
     assert "[listen] port" in refused.stderr
+
+
+def test_the_operators_input_tightens_the_configuration_or_is_refused(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    path = write(folder, operator={"domains": ["example.com"]})
+    given = folder / "input.toml"
+    arguments: list[str | Path] = [*DCV, "serve", "--config", path, "--operator-input", given]
+    given.write_text('[tls]\nnames = ["a.example.com"]\n[limits]\nmax_nesting = 8\n')
+    checked = subprocess.run([*arguments, "--check"], capture_output=True, text=True, timeout=20)
+    assert checked.returncode == 0, checked.stderr
+    effective = json.loads(checked.stdout)
+    assert (effective["tls"]["names"], effective["limits"]["max_nesting"]) == (["a.example.com"], 8)
+    given.write_text("[limits]\nmax_nesting = 65\n")
+    for refused_arguments in (arguments, [*arguments, "--check"]):
+        refused = subprocess.run(refused_arguments, capture_output=True, text=True, timeout=20)
+        assert refused.returncode == EX_CONFIG
+        assert "the operator's input: [limits] max_nesting: expected at most 64" in refused.stderr
+
+
+def test_the_digest_of_the_operators_input_is_in_the_status(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    path = write(folder)
+    given = folder / "input.toml"
+    given.write_bytes(b"[limits]\nmax_concurrent = 1\n")
+    with (folder / "log").open("wb") as log:
+        processes.append(
+            subprocess.Popen(
+                [*DCV, "serve", "--config", path, "--operator-input", given], stderr=log
+            )
+        )
+    wait_for("serving", folder)
+    shown = subprocess.run(
+        [*DCV, "status", "--json", "--socket", folder / "status.sock"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    expected = "sha256:" + hashlib.sha256(given.read_bytes()).hexdigest()
+    assert json.loads(shown.stdout)["operator_input_digest"] == expected
+
+
+def test_an_image_that_leaves_the_keys_to_its_operator_does_not_start_without_them(
+    folder: Path,
+) -> None:
+    path = write(folder, auth={"mode": "keys"}, operator={"max_keys": 1})
+    arguments: list[str | Path] = [*DCV, "serve", "--config", path]
+    checked = subprocess.run([*arguments, "--check"], capture_output=True, timeout=20)
+    assert checked.returncode == 0
+    refused = subprocess.run(arguments, capture_output=True, text=True, timeout=20)
+    assert refused.returncode == EX_CONFIG
+    assert "[auth] keys: missing" in refused.stderr
 
 
 def test_many_clients_that_hang_up_leave_no_exchange_behind(

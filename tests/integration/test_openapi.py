@@ -36,10 +36,18 @@ from schemathesis.specs.openapi.checks import (
 
 from appliance import errors
 from appliance.config import MeasuredConfig, parse_config
-from appliance.errors import ApplianceError, CapacityError, EngineError, RequestError
+from appliance.errors import (
+    ApplianceError,
+    AttesterError,
+    CapacityError,
+    EngineError,
+    EvidenceError,
+    RequestError,
+)
 from appliance.log import configure_log
 from appliance.serving.auth import hash_key
 from appliance.web.app import create_app
+from appliance.web.attestation import AttestationServices, GenerateRequest, VerifyRequest
 from appliance.web.health import HealthSource
 from appliance.web.openai import DetokenizeRequest, InferenceServices, TokenizeRequest
 from appliance.web.openapi import openapi_document
@@ -54,7 +62,14 @@ from tests.integration.appliance import (
     with_tokenizer,
 )
 
-BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+BODIES = (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    VerifyRequest,
+)
 KEY = "dcv_alice"
 WITH_KEYS: Sections = {
     "auth": {"mode": "keys", "keys": [{"name": "alice", "sha256": hash_key(KEY)}]}
@@ -96,10 +111,18 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, A
             yield path, method.upper(), operation
 
 
+def no_metrics() -> SimpleNamespace:
+    """Of an application that nobody asks anything."""
+    return SimpleNamespace(gauge=lambda *_about: None)
+
+
 def test_every_route_is_in_the_document_and_nothing_else(tmp_path: Path) -> None:
-    services = cast(InferenceServices, SimpleNamespace(config=configured(tmp_path)))
+    services = cast(
+        InferenceServices, SimpleNamespace(config=configured(tmp_path), metrics=no_metrics())
+    )
     log = configure_log(format="json", level="error")
-    app = create_app(services, cast(HealthSource, None), csr=b"", log=log)
+    proof = cast(AttestationServices, SimpleNamespace(config=services.config))
+    app = create_app(services, proof, cast(HealthSource, None), csr=b"", log=log)
     routes = {
         (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method)
         for rule in app.url_map.iter_rules()
@@ -142,7 +165,9 @@ def test_what_code_decides_is_said_too(tmp_path: Path) -> None:
 def test_keys_are_asked_for_in_the_document_only_where_they_are_asked_for(tmp_path: Path) -> None:
     without, with_keys = document(tmp_path), document(tmp_path, WITH_KEYS)
     assert "securitySchemes" not in without["components"]
-    assert not without["components"]["responses"].keys() & {"401", "429"}
+    assert "401" not in without["components"]["responses"]
+    chat = without["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert "429" not in chat  # a bound of a key's; that of a peer is for reports
     assert not any("security" in operation for _, _, operation in operations(without))
     assert with_keys["components"]["securitySchemes"] == {
         "api_key": {"type": "http", "scheme": "bearer"}
@@ -170,14 +195,13 @@ def test_every_error_of_a_request_is_in_the_document(tmp_path: Path) -> None:
     }
     # No operation's own: where there is no operation, and before there are any.
     elsewhere = {
-        errors.RouteNotFound,
         errors.MethodNotAllowed,
         errors.EngineStartFailed,
         errors.EngineExposed,
     }
     expected = {
         leaf.code: leaf.http_status
-        for kind in (RequestError, CapacityError, EngineError)
+        for kind in (RequestError, CapacityError, EngineError, AttesterError, EvidenceError)
         for leaf in _leaves(kind)
         if leaf not in elsewhere
     }
@@ -222,7 +246,8 @@ async def test_what_the_document_allows_and_what_it_forbids_is_answered_as_it_sa
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     """Schemathesis: no 500, no hang, nothing left; statuses, types and shapes as documented."""
-    appliance = await start_appliance(nursery, tmp_path, sections=with_tokenizer(tmp_path))
+    sections = {**with_tokenizer(tmp_path), "limits": {"reports_per_minute": 1_000_000}}
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
     with trio.fail_after(RUN_S):
         answered = await trio.to_thread.run_sync(
             partial(ask_everything, appliance), abandon_on_cancel=True

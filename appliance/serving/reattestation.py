@@ -1,0 +1,120 @@
+"""The appliance goes on proving itself while it serves, to itself.
+
+Every interval, a little later at random so that a fleet spreads, it asks for its own report with
+a fresh nonce and appraises it as a relying party would. What does not hold withdraws it at once;
+what cannot be had withdraws it after as many times in a row as are configured. In between, the
+keyset is renewed in time.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from appliance.config import Attestation
+from appliance.errors import ApplianceError, AttesterError, AttesterUnavailable, EvidenceError
+from appliance.log import Log
+from appliance.rats.result import AttestationResult
+from appliance.serving.epochs import Epochs
+from appliance.serving.reports import Reports
+from appliance.wire.canonical import JsonObject, JsonValue
+
+JITTER = 0.1
+"""Of the interval."""
+
+REPORT_S = 120.0
+"""One report and its appraisal: an epoch or two, a quote, arithmetic."""
+
+NONCE_BYTES = 32
+
+
+class Reattestation:
+    """Asks for reports, appraises them, and knows the last verdict.
+
+    Args:
+        appraise: a report's bytes and the nonce asked with, to the verdict.
+        withdraw: told when the appliance must not go on.
+        now: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        settings: Attestation,
+        reports: Reports,
+        epochs: Epochs,
+        *,
+        appraise: Callable[[bytes, bytes | None], Awaitable[AttestationResult]],
+        withdraw: Callable[[ApplianceError], None],
+        random_bytes: Callable[[int], bytes],
+        now: Callable[[], float],
+        log: Log,
+    ) -> None:
+        self._settings = settings
+        self._reports = reports
+        self._epochs = epochs
+        self._appraise = appraise
+        self._withdraw = withdraw
+        self._random_bytes = random_bytes
+        self._now = now
+        self._log = log
+        self._failures = 0
+        self._at = -math.inf
+        self.result: AttestationResult | None = None
+
+    async def once(self) -> AttestationResult:
+        """One report with a fresh nonce, appraised.
+
+        Raises:
+            AttesterError: evidence could not be had. EvidenceError: it does not hold.
+        """
+        nonce = self._random_bytes(NONCE_BYTES)
+        try:
+            with trio.fail_after(REPORT_S):
+                result = await self._appraise(await self._reports.report(nonce), nonce)
+        except trio.TooSlowError:
+            raise AttesterUnavailable(f"expected a report within {REPORT_S:g} s") from None
+        result.require()
+        self.result, self._at = result, self._now()
+        return result
+
+    async def run(self) -> None:
+        """Go on until cancelled, or until the appliance must withdraw."""
+        while True:
+            await self._sleep()
+            if self._reports.renew_in_s <= 0:
+                self._reports.renew()
+            try:
+                result = await self.once()
+                await self._reports.null_form()
+            except AttesterError as error:
+                self._failures += 1
+                self._log.warning("reattestation_failed", code=error.code, error=error.message)
+                if self._failures >= self._settings.failures:
+                    self._withdraw(error)
+                    return
+            except EvidenceError as error:
+                self._withdraw(error)
+                return
+            else:
+                self._failures = 0
+                self._log.info("reattested", verdict=result.verdict.value)
+
+    def health(self) -> JsonObject:
+        """`attestation` of the health document."""
+        newest = max(self._at, self._now() - self._epochs.age_s())
+        age = self._now() - newest
+        schemes: list[JsonValue] = [self._settings.cpu]
+        if self._settings.gpu != "unsafe_none":
+            schemes.append("nvidia_gpu" if self._settings.gpu == "nvidia" else "simulated")
+        return {
+            "verdict": "none" if self.result is None else self.result.verdict.value,
+            "schemes": schemes,
+            "age_s": None if math.isinf(age) else int(age),
+        }
+
+    async def _sleep(self) -> None:
+        interval = self._settings.interval_s * (1 + JITTER * random.random())  # noqa: S311 - spreads
+        await trio.sleep(max(0.0, min(interval, self._reports.renew_in_s)))

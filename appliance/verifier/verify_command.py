@@ -1,0 +1,127 @@
+"""`dcv verify URL|BUNDLE`: an appliance, now; or what was fetched from one, later."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import secrets
+import sys
+from functools import partial
+from pathlib import Path
+
+import trio
+from rich.console import Console
+
+from appliance.errors import ApplianceError, VerificationIncomplete
+from appliance.rats.result import AttestationResult
+from appliance.verifier.bundle import MAX_BUNDLE_BYTES, Bundle, parse_bundle
+from appliance.verifier.check import Rules, check, fetch, load_rules
+from appliance.verifier.raw_evidence import parse_time
+from appliance.verifier.render import render
+from appliance.verifier.verdict import Outcome, of_error, of_result
+from appliance.wire.canonical import JsonObject
+
+NONCE_BYTES = 32
+
+EXIT_STATUS = (
+    "Exit status: 0 affirming, 1 contraindicated, 2 could not be checked (bad arguments, files that "
+    "cannot be read, nobody answers), 3 warning."
+)
+
+
+def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `verify`."""
+    verify = commands.add_parser(
+        "verify",
+        help="verify an appliance, or a saved bundle offline",
+        description="Fetch an appliance's report over a fresh nonce and hold it, its evidence and "
+        "its TLS key to your policy; or hold a saved bundle to it, offline.",
+        epilog=EXIT_STATUS,
+    )
+    verify.add_argument("what", metavar="URL|BUNDLE", help="https://HOST:8443, or a bundle's file")
+    verify.add_argument(
+        "--policy", type=Path, metavar="FILE", help="TOML, your policy; default: the strict one"
+    )
+    verify.add_argument(
+        "--reference", type=Path, metavar="FILE", help="JSON, reference values of images you accept"
+    )
+    verify.add_argument(
+        "--save", type=Path, metavar="BUNDLE", help="keep what was fetched, to verify it again"
+    )
+    verify.add_argument(
+        "--at",
+        metavar="RFC3339",
+        help="judge as of this time; default: now, of a bundle when it was made, by its own word",
+    )
+    verify.add_argument("--json", action="store_true", help="the outcome as JSON")
+    verify.set_defaults(command=verify_command)
+
+
+def verify_command(arguments: argparse.Namespace) -> int:
+    """`dcv verify`: prints the outcome and returns its exit status."""
+    try:
+        outcome = _verify(arguments)
+    except ApplianceError as error:
+        outcome = of_error(error)
+    if arguments.json:
+        sys.stdout.write(json.dumps(outcome.to_json(), indent=2) + "\n")
+    else:
+        render(outcome, Console(highlight=False, markup=False, emoji=False))
+    return outcome.exit_status
+
+
+def _verify(arguments: argparse.Namespace) -> Outcome:
+    given_at = None if arguments.at is None else parse_time(arguments.at, option="--at")
+    rules = load_rules(arguments.policy, arguments.reference)
+    now = datetime.datetime.now(datetime.UTC)
+    if "://" in arguments.what:
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        bundle = trio.run(partial(fetch, arguments.what, nonce, now=now))
+        at, source = given_at or now, "clock" if given_at is None else "--at"
+    else:
+        bundle = parse_bundle(_read(Path(arguments.what)))
+        made = datetime.datetime.fromtimestamp(bundle.fetched_at, tz=datetime.UTC)
+        at, source = given_at or made, "bundle" if given_at is None else "--at"
+    if arguments.save is not None:
+        _save(arguments.save, bundle)
+    return outcome_of(bundle, rules, at=at, source=source)
+
+
+def outcome_of(bundle: Bundle, rules: Rules, *, at: datetime.datetime, source: str) -> Outcome:
+    """Check a bundle, and say as of when and by whose clock.
+
+    Args:
+        source: `clock`, `--at`, or `bundle` where the time is the word of whoever made the file.
+
+    Raises:
+        Malformed, Unauthentic, Revoked, Stale, Unbound: it does not hold.
+    """
+    result = check(bundle, rules, at=at)
+    told: JsonObject = {
+        "scheme": "appliance",
+        "url": bundle.url,
+        "at": {"time": f"{at:%Y-%m-%dT%H:%M:%SZ}", "source": source},
+    }
+    return of_result(
+        AttestationResult(result.verdict, told | result.claims, result.findings, result.submods)
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BUNDLE_BYTES + 1)
+    except OSError as error:
+        raise VerificationIncomplete(
+            f"expected an https URL or a bundle's file; cannot read {path}: {error.strerror}"
+        ) from error
+    return data
+
+
+def _save(path: Path, bundle: Bundle) -> None:
+    """Before it is checked: a bundle that does not hold is what one wants to keep."""
+    try:
+        path.write_bytes(bundle.to_bytes())
+    except OSError as error:
+        raise VerificationIncomplete(f"--save: cannot write {path}: {error.strerror}") from error
