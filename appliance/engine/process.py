@@ -145,7 +145,10 @@ async def supervise(
         guarded = await _start_guardian(command)
         try:
             async with trio.open_nursery() as nursery:
-                listening = await nursery.start(_listen, guarded, log, progress)
+                # Not `nursery.start`: cancelled at that moment, it would wait for the shielded
+                # task to end, which ends by what follows here.
+                listening = trio.CancelScope(shield=True)
+                nursery.start_soon(_listen, guarded, log, progress, listening)
                 try:
                     await _run(guarded, command, keys, config, log, task_status)
                 except BaseExceptionGroup as group:  # looked at, and raised again
@@ -168,19 +171,18 @@ async def _listen(
     guarded: _Guardian,
     log: Log,
     progress: Callable[[str], None],
-    task_status: trio.TaskStatus[trio.CancelScope] = trio.TASK_STATUS_IGNORED,
+    scope: trio.CancelScope,
 ) -> None:
     """Read everything the guardian and the engine say, until they close their ends.
 
-    Shielded, because a cancelled supervisor still has to hear the engine stop, and an engine whose
-    output nobody reads blocks on it. Our owner ends it through the scope it gets.
+    `scope` is shielded, because a cancelled supervisor still has to hear the engine stop, and an
+    engine whose output nobody reads blocks on it. Our owner ends it through the scope.
     """
-    with trio.CancelScope(shield=True) as scope:
+    with scope:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guarded.read_reports)
             nursery.start_soon(_pump, guarded.process.stdout, guarded, log, progress)
             nursery.start_soon(_pump, guarded.process.stderr, guarded, log, progress)
-            task_status.started(scope)
 
 
 def _raise_the_leaf(group: BaseExceptionGroup[BaseException]) -> NoReturn:
@@ -321,9 +323,13 @@ async def _start_guardian(command: EngineCommand) -> _Guardian:
             pass_fds=(theirs.fileno(),),
             start_new_session=True,  # a Ctrl-C in the terminal is for us alone
         )
-    except OSError as error:
+    except BaseException as error:
         ours.close()
-        raise EngineStartFailed(f"cannot start the engine's guardian: {error.strerror}") from error
+        if isinstance(error, OSError):
+            raise EngineStartFailed(
+                f"cannot start the engine's guardian: {error.strerror}"
+            ) from error
+        raise
     finally:
         theirs.close()
     return _Guardian(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))

@@ -14,13 +14,17 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx2
 import pytest
 import trio
+import trio.testing
 
 from appliance.config import parse_config
+from appliance.engine.command import EngineKeys, engine_command
+from appliance.engine.process import supervise
 from appliance.errors import (
     EX_CONFIG,
     EX_OSERR,
@@ -195,6 +199,36 @@ async def test_a_sigterm_between_boot_and_serving_is_not_lost(
     assert calls == 5
     await ended(appliance)
     assert appliance.result == [None]
+
+
+async def test_a_supervision_that_is_cancelled_while_it_starts_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    """At any moment: the first of them is inside the thread that forks."""
+    config = parse_config(config_text(tmp_path), folder=tmp_path)
+    log = configure_log(format="json", level="error", stream=io.StringIO())
+    keys = EngineKeys(api="a", admin="b")
+    for delay_s in (0, 0.001, 0.01, 0.1, 0.3):
+        command = engine_command(config.engine, config.model, port=1, keys=keys, threads=1)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(
+                    partial(
+                        supervise,
+                        command,
+                        keys,
+                        config.engine,
+                        log=log,
+                        progress=lambda _: None,
+                        failed=lambda _: None,
+                    )
+                )
+                await trio.testing.wait_all_tasks_blocked()
+                await trio.sleep(delay_s)
+                nursery.cancel_scope.cancel()
+        assert not command.settings_file.exists()
+        left = ["pgrep", "-f", str(command.settings_file)]
+        assert (await trio.run_process(left, capture_stdout=True, check=False)).stdout == b""
 
 
 async def test_waiting_requests_get_an_answer_when_the_engine_dies(
