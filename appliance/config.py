@@ -356,11 +356,13 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True):
             best a warning.
         gpus: `unsafe_simulated` accepts evidence under the published test root, as a warning;
             `unsafe_none` accepts an appliance without GPUs.
+        min_gpus: so many GPUs at least; not asked where `gpus` is `unsafe_none`.
         gpu_architectures: chips by NVIDIA's name.
         gpu_drivers, gpu_vbios: exact versions; empty accepts any whose reference values match.
         revocation: what a missing answer about a certificate's revocation is. A certificate that
             is known to be revoked is never accepted.
         expired_rims: what reference values are whose signer's certificate has expired.
+        snp_products: AMD's product lines that are accepted.
         minimum_tcb: the floor of SEV-SNP's security versions.
         vmpl: privilege levels that may have asked for a SEV-SNP report.
         tdx_statuses: Intel's TCB statuses that are accepted without a finding.
@@ -373,11 +375,13 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True):
 
     tee_types: tuple[TeeType, ...] = ("sev_snp", "tdx", "azure_vtpm")
     gpus: Literal["nvidia", "unsafe_simulated", "unsafe_none"] = "nvidia"
+    min_gpus: Annotated[int, Meta(ge=1, le=16)] = 1
     gpu_architectures: tuple[Name, ...] = ("GH100",)
     gpu_drivers: tuple[Name, ...] = ()
     gpu_vbios: tuple[Name, ...] = ()
     revocation: Literal["required", "warn"] = "warn"
     expired_rims: Literal["refuse", "warn"] = "refuse"
+    snp_products: tuple[Literal["Milan", "Genoa", "Turin"], ...] = ("Milan", "Genoa", "Turin")
     minimum_tcb: TcbFloor = TcbFloor()
     vmpl: tuple[Annotated[int, Meta(ge=0, le=3)], ...] = (0,)
     tdx_statuses: tuple[Name, ...] = ("UpToDate",)

@@ -17,7 +17,7 @@ from typing import Any, cast
 from appliance.config import Policy
 from appliance.errors import Contraindicated, Stale, Unauthentic, Unbound
 from appliance.rats import binding
-from appliance.rats.gpus import GpuStatement, Memory, appraise_gpus, named
+from appliance.rats.gpus import GpuStatement, Memory, appraise_gpus, named, together
 from appliance.rats.model import Anchors, CpuClaims
 from appliance.rats.policy.sev_snp import appraise_sev_snp
 from appliance.rats.policy.tdx import appraise_tdx
@@ -268,7 +268,17 @@ def _workload_findings(report: Report, policy: Policy) -> Iterator[Finding]:
 
 
 def _gpu_findings(gpus: tuple[GpuStatement, ...], policy: Policy) -> Iterator[Finding]:
+    yield from together(gpus)
+    if len(gpus) >= policy.min_gpus:
+        return
     if gpus:
+        yield Finding(
+            Tier.CONTRAINDICATED,
+            "report.gpus",
+            f"at least {policy.min_gpus} GPUs",
+            str(len(gpus)),
+            "Use an appliance with more GPUs, or lower `[policy] min_gpus`.",
+        )
         return
     allowed = policy.gpus == "unsafe_none"
     yield Finding(

@@ -104,7 +104,21 @@ def summary(statements: tuple[GpuStatement, ...]) -> AttestationResult:
     """One result on all GPUs of an epoch; without any the verdict is `none`."""
     if not statements:
         return AttestationResult(Tier.NONE, {})
-    return conclude({}, (), named(statements))
+    return conclude({}, together(statements), named(statements))
+
+
+def together(statements: tuple[GpuStatement, ...]) -> Iterator[Finding]:
+    """What only shows in all of them: GPUs that work together are in one mode. One that thinks
+    itself alone (SPT) does not encrypt what it sends to its neighbours."""
+    features = sorted({str(one.claims.feature) for one in statements})
+    if len(features) > 1:
+        yield Finding(
+            Tier.CONTRAINDICATED,
+            "gpus.feature",
+            "the same mode on every GPU",
+            ", ".join(features),
+            "Set all GPUs to one confidential-computing mode.",
+        )
 
 
 def named(statements: tuple[GpuStatement, ...]) -> dict[str, AttestationResult]:

@@ -130,11 +130,12 @@ def of_parts(parts: Mapping[str, Outcome]) -> Outcome:
 
 
 def _claims(result: AttestationResult) -> JsonObject:
-    """Its own, and those of its parts by name (RFC 9711 section 4.2.18)."""
-    if not result.submods:
-        return result.claims
-    submods: JsonObject = {name: _claims(part) for name, part in result.submods.items()}
-    return {**result.claims, "submods": submods}
+    """Its own, and those of its parts by name (RFC 9711 section 4.2.18), but for parts that it
+    tells of itself, as Azure's claims do of the hardware."""
+    submods: JsonObject = {
+        name: _claims(part) for name, part in result.submods.items() if name not in result.claims
+    }
+    return {**result.claims, "submods": submods} if submods else result.claims
 
 
 def _placed(result: AttestationResult, where: str) -> Iterator[Placed]:

@@ -39,6 +39,7 @@ def appraise_sev_snp(
         *NotDebuggable().check(claims),
         *NotMigratable().check(claims),
         *KnownPolicyBits().check(claims),
+        *ProductLine(policy.snp_products).check(claims),
         *PrivilegeLevel(policy.vmpl).check(claims),
         *TcbAtLeast(policy.minimum_tcb).check(claims),
         *RevocationKnown(policy.revocation).check(claims),
@@ -95,6 +96,25 @@ class KnownPolicyBits:
                 expected=f"no policy bits beyond {POLICY_KNOWN_BITS:#x}",
                 got=f"{int(unknown):#x}",
                 advice="Launch the guest without these options, or verify with a newer release.",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ProductLine:
+    """The chip is of a product line that the relying party accepts: a flaw in one line's hardware
+    is in every chip of it, whatever its firmware."""
+
+    allowed: tuple[str, ...]
+
+    def check(self, claims: SevSnpClaims) -> Iterator[Finding]:
+        """One finding for another line."""
+        if claims.product not in self.allowed:
+            yield Finding(
+                Tier.CONTRAINDICATED,
+                "sev_snp.product",
+                expected=" or ".join(self.allowed) or "none",
+                got=claims.product,
+                advice="Use a machine of an accepted line; `[policy] snp_products` lists them.",
             )
 
 
