@@ -114,6 +114,10 @@ class Owner(Protocol):
         """The TLS key is born: an operator can have a certificate made while the model loads."""
         ...
 
+    def publish_report(self, keyset_digest: bytes, report: bytes) -> None:
+        """A null-form report was made: it is kept as long as receipts cite its keyset."""
+        ...
+
     def withdraw(self, error: ApplianceError) -> None:
         """The appliance must not go on serving."""
         ...
@@ -370,6 +374,7 @@ def _evidence_services(
         quote=own.quote,
         lifetime_s=attestation.keyset_s,
         now=now,
+        publish=owner.publish_report,
     )
     epochs = Epochs(
         collect=own.gpus,

@@ -455,6 +455,26 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
     simulated_fault: str = "none"
 
 
+class Receipts(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[receipts]`: what is kept of exchanges. A receipt holds digests, never a prompt or an answer.
+
+    Attributes:
+        dir: folder of the database; made 0700. On an encrypted or RAM-backed volume.
+        max_age_days: of a receipt.
+        max_count: receipts in all; the oldest go first.
+        max_per_key: of one API key.
+        max_bytes: the database; its log adds a few MiB.
+        max_evidence_bytes: evidence of epochs in it.
+    """
+
+    dir: str = "receipts"
+    max_age_days: Annotated[float, Meta(gt=0, le=36_500)] = 30.0
+    max_count: Annotated[int, Meta(ge=1, le=100_000_000)] = 1_000_000
+    max_per_key: Annotated[int, Meta(ge=1, le=100_000_000)] = 250_000
+    max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 4 << 30
+    max_evidence_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 512 << 20
+
+
 class Log(Struct, frozen=True, forbid_unknown_fields=True):
     """`[log]`: structured lines on standard error; `auto` is pretty on a terminal, else JSON."""
 
@@ -474,6 +494,7 @@ class MeasuredConfig(Struct, frozen=True, forbid_unknown_fields=True):
     operator: Operator = Operator()
     limits: Limits = Limits()
     engine: Engine = Engine()
+    receipts: Receipts = Receipts()
     log: Log = Log()
 
 
@@ -623,6 +644,7 @@ def _resolve_paths(config: MeasuredConfig, folder: Path) -> MeasuredConfig:
             rim_dirs=tuple(absolute(path) for path in config.attestation.rim_dirs),
             nvidia_sdk_python=absolute(config.attestation.nvidia_sdk_python),
         ),
+        receipts=replace(config.receipts, dir=absolute(config.receipts.dir)),
         engine=replace(
             config.engine,
             python=absolute(config.engine.python),

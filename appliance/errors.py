@@ -30,7 +30,8 @@ Whose fault it is comes first, because that decides what happens next:
     ├── AttesterError              this machine's evidence could not be had
     │   ├── ProviderAbsent                        what the configuration requires is not there
     │   ├── DeviceFault                           the device did not answer, or answered nonsense
-    │   └── AttesterUnavailable                   the collector is gone, hangs or speaks nonsense
+    │   ├── AttesterUnavailable                   the collector is gone, hangs or speaks nonsense
+    │   └── AttestationFailed                     what a client is told of any of these
     ├── EndorsementsUnavailable    what others vouch for could not be had
     ├── SecondOpinionFailed        the vendor's own verifier came to no verdict, or to another
     ├── VerificationIncomplete     the relying party could not check: nothing is known
@@ -291,7 +292,6 @@ class Contraindicated(EvidenceError):
 
 
 class AttesterError(ApplianceError):
-    code = "attestation_failed"
     http_status = 503
     exit_status = EX_UNAVAILABLE
     client = "Try again later: the appliance could not prove itself, so nothing was sent on."
@@ -311,6 +311,13 @@ class DeviceFault(AttesterError):
 class AttesterUnavailable(AttesterError):
     code = "attester_unavailable"
     advice = "Read the attester's log and `systemctl status dcv-attester`."
+
+
+class AttestationFailed(AttesterError):
+    """There is no evidence for this request, so nothing of it was passed on."""
+
+    code = "attestation_failed"
+    advice = "Read the log line `evidence_not_collected` or `withdrawn` of that moment."
 
 
 class EndorsementsUnavailable(ApplianceError):

@@ -28,7 +28,7 @@ import trio
 
 from appliance.attester.client import Attester, connect_attester, run_attester_child
 from appliance.boot import Booted, boot, run_stage
-from appliance.config import MeasuredConfig
+from appliance.config import MeasuredConfig, Receipts
 from appliance.endorsements.collect import Endorsements
 from appliance.engine.command import EngineCommand, EngineKeys
 from appliance.engine.process import RunningEngine, supervise
@@ -49,12 +49,14 @@ from appliance.serving.admission import Admission
 from appliance.serving.auth import Authenticator
 from appliance.serving.certificates import ChainFile
 from appliance.serving.epochs import Epochs
+from appliance.serving.exchanges import ReceiptDesk
 from appliance.serving.identity import ImageFacts
 from appliance.serving.keys import TlsIdentity
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.serving.metrics import Metrics
 from appliance.serving.own_evidence import OwnEvidence, rim_authenticator
 from appliance.serving.reattestation import Reattestation
+from appliance.serving.receipts import ReceiptLimits, ReceiptStore
 from appliance.web.app import create_app
 from appliance.web.attestation import AttestationServices, PeerRate
 from appliance.web.health import HealthSource
@@ -65,6 +67,9 @@ from appliance.web.status import serve_status
 from appliance.wire.canonical import JsonObject
 
 LISTEN_S = 30.0
+
+SLACK_S = 10.0
+"""For a request's evidence, beyond two collections: the one under way, and its own."""
 
 TAKE_BACK_S = 5.0
 """For the GPUs to be told that they may take no more work; the engine is gone by then."""
@@ -163,6 +168,7 @@ class _Appliance:
         self.random = random
         self.booting = trio.CancelScope()
         self.urls: list[str] = []
+        self.receipts = open_receipts(config.receipts, now=wall_clock, log=log)
         self.tls: TlsIdentity | None = None
         self.attester: Attester | None = None
         self.gpus_are_ready = False
@@ -173,6 +179,7 @@ class _Appliance:
         async with AsyncExitStack() as self.clients, trio.open_nursery() as self.collectors:
             try:
                 async with trio.open_nursery() as self.parts:
+                    await self.collectors.start(self.receipts.run)
                     await self._boot_and_serve(notifier)
                     notifier.stopping()
                     self.parts.cancel_scope.cancel()
@@ -254,6 +261,16 @@ class _Appliance:
             cache_secret=self.random(CACHE_SECRET_BYTES),
             random=self.random,
             created=int(self.wall_clock()),
+            epochs=booted.epochs,
+            evidence_s=2 * self.config.attestation.collect_s + SLACK_S,
+            receipts=ReceiptDesk(
+                identity=booted.identity,
+                store=self.receipts,
+                keyset_digest=lambda: booted.reports.keyset_digest,
+                max_bytes=self.config.limits.max_response_bytes,
+                random=self.random,
+                now=self.wall_clock,
+            ),
         )
         proof = AttestationServices(
             config=self.config,
@@ -263,6 +280,7 @@ class _Appliance:
             reports=booted.reports,
             authenticator=services.authenticator,
             now=self.wall_clock,
+            receipts=self.receipts,
             rate=PeerRate(self.config.limits.reports_per_minute),
         )
         self.reattestation = booted.reattestation
@@ -354,6 +372,10 @@ class _Appliance:
         engine: RunningEngine = await self.parts.start(self._keep_engine, command, keys)
         return engine
 
+    def publish_report(self, keyset_digest: bytes, report: bytes) -> None:
+        """Kept beyond this start of the service."""
+        self.receipts.add_report(keyset_digest, report)
+
     def withdraw(self, error: ApplianceError) -> None:
         """Stop serving at once, for good: running exchanges are ended with the reason."""
         if self.lifecycle.state in (State.SERVING, State.DRAINING):
@@ -416,6 +438,18 @@ class _Appliance:
 
     def _now(self) -> datetime.datetime:
         return datetime.datetime.fromtimestamp(self.wall_clock(), tz=datetime.UTC)
+
+
+def open_receipts(receipts: Receipts, *, now: Callable[[], float], log: Log) -> ReceiptStore:
+    """The store that `[receipts]` describes; its task opens the database."""
+    limits = ReceiptLimits(
+        max_age_s=receipts.max_age_days * 86_400,
+        max_count=receipts.max_count,
+        max_per_tenant=receipts.max_per_key,
+        max_bytes=receipts.max_bytes,
+        max_evidence_bytes=receipts.max_evidence_bytes,
+    )
+    return ReceiptStore(Path(receipts.dir), now=now, log=log, limits=limits)
 
 
 async def _watch_signals(

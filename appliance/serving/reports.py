@@ -48,6 +48,7 @@ class Reports:
         quote: CPU evidence over 32 bytes, with what endorses it; raises AttesterError.
         lifetime_s: of a keyset.
         now: Unix seconds.
+        publish: told every null form, with its keyset's digest: receipts cite the keyset.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class Reports:
         quote: Callable[[bytes], Awaitable[CpuEvidence]],
         lifetime_s: float,
         now: Callable[[], float],
+        publish: Callable[[bytes, bytes], None],
     ) -> None:
         self._identity = identity
         self._epochs: Epochs | None = None
         self._quote = quote
         self._lifetime_s = lifetime_s
         self._now = now
+        self._publish = publish
         self._issued: dict[bytes, _Issue] = {}
         self._quoting = trio.Lock()
         self.keyset_digest = b""
@@ -129,6 +132,7 @@ class Reports:
             if issue.null_form is None and digest == self.keyset_digest:
                 made, report = await self._make(None)
                 self._issued[made].null_form = report
+                self._publish(made, report)
         return issue.null_form
 
     def _assemble(

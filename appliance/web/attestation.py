@@ -10,6 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 import trio
@@ -20,7 +21,6 @@ from quart_trio import QuartTrio
 from appliance import __version__
 from appliance.config import MeasuredConfig, Sha256Digest
 from appliance.errors import (
-    AttesterUnavailable,
     EvidenceError,
     InvalidRequest,
     Malformed,
@@ -33,8 +33,10 @@ from appliance.serving.auth import Authenticator
 from appliance.serving.epochs import Attested, Epochs
 from appliance.serving.identity import Identity
 from appliance.serving.own_evidence import OwnEvidence
+from appliance.serving.receipts import ReceiptStore
 from appliance.serving.reports import Reports
 from appliance.web.bodies import read_object
+from appliance.web.evidence import evidence_or_refusal
 from appliance.web.peers import site_of
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json
 from appliance.wire.commitments import generate_commitment
@@ -92,6 +94,7 @@ class AttestationServices:
     own: OwnEvidence
     epochs: Epochs
     reports: Reports
+    receipts: ReceiptStore
     authenticator: Authenticator
     now: Callable[[], float]
     rate: PeerRate
@@ -135,15 +138,9 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
     async def report() -> Response:
         nonce = _query_nonce()
         _count(services)
-        try:
-            with trio.fail_after(deadline_s):
-                made = await (
-                    services.reports.null_form()
-                    if nonce is None
-                    else services.reports.report(nonce)
-                )
-        except trio.TooSlowError:
-            raise AttesterUnavailable("the evidence did not come in time") from None
+        reports = services.reports
+        step = reports.null_form if nonce is None else partial(reports.report, nonce)
+        made = await evidence_or_refusal(deadline_s, step)
         assert made is not None  # the current keyset's
         return _json_bytes(made)
 
@@ -153,7 +150,9 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
         except Malformed as error:
             raise InvalidRequest(error.message, param="keyset_digest") from None
         _count(services)
-        made = await services.reports.null_form(wanted)
+        made = await evidence_or_refusal(deadline_s, partial(services.reports.null_form, wanted))
+        if made is None:
+            made = await services.receipts.find_report(wanted)
         if made is None:
             raise RouteNotFound("no keyset of this digest was ever current here")
         return _json_bytes(made)
@@ -163,11 +162,8 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
         wanted = convert(await read_object(max_nesting=GENERATE_NESTING), GenerateRequest)
         _count(services)
         nonce = bytes.fromhex(wanted.nonce)
-        try:
-            with trio.fail_after(deadline_s):
-                attested = await services.epochs.join("generate", generate_commitment(nonce))
-        except trio.TooSlowError:
-            raise AttesterUnavailable("the evidence did not come in time") from None
+        join = partial(services.epochs.join, "generate", generate_commitment(nonce))
+        attested = await evidence_or_refusal(deadline_s, join)
         return _json(generated_document(services, attested, nonce))
 
     async def verified() -> Response:
@@ -189,6 +185,18 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
             )
         return _json(_verified_document(result))
 
+    async def receipt(receipt_id: str) -> Response:
+        tenant = services.authenticator.authenticate(request.headers.get("Authorization"))
+        return _json_bytes(await services.receipts.find(receipt_id, tenant.id))
+
+    async def epoch(digest: str) -> Response:
+        tenant = services.authenticator.authenticate(request.headers.get("Authorization"))
+        try:
+            wanted = parse_sha256(digest, field="evidence_digest")
+        except Malformed as error:
+            raise InvalidRequest(error.message, param="evidence_digest") from None
+        return _json_bytes(await services.receipts.find_epoch(wanted, tenant.id))
+
     async def info() -> Response:
         return _json({"exports": ["generate", "verify", "info"], "version": "1.0"})
 
@@ -197,6 +205,8 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
 
     app.add_url_rule("/v1/aci/attestation", "report", report, methods=["GET"])
     app.add_url_rule("/v1/dcv/reports/<digest>", "archived_report", archived, methods=["GET"])
+    app.add_url_rule("/v1/aci/receipts/<receipt_id>", "receipt", receipt, methods=["GET"])
+    app.add_url_rule("/v1/dcv/epochs/<digest>", "epoch", epoch, methods=["GET"])
     app.add_url_rule("/.well-known/dcv", "well_known", well_known, methods=["GET"])
     for prefix in PREFIXES:
         app.add_url_rule(f"{prefix}/generate", f"{prefix}g", generated, methods=["POST"])
@@ -256,6 +266,8 @@ def well_known_document(services: AttestationServices) -> JsonObject:
         "endpoints": {
             "attestation": "/v1/aci/attestation",
             "reports": "/v1/dcv/reports/{keyset_digest}",
+            "receipts": "/v1/aci/receipts/{receipt_id}",
+            "epochs": "/v1/dcv/epochs/{evidence_digest}",
             "generate": "/v1/dcv/attestation/generate",
             "verify": "/v1/dcv/attestation/verify",
             "csr": "/.well-known/dcv/csr",

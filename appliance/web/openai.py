@@ -1,10 +1,11 @@
-"""OpenAI's endpoints: read, understand, admit, forward, relay, in that order."""
+"""OpenAI's endpoints: read, understand, admit, attest, forward, relay, in that order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated
 
 import trio
@@ -19,12 +20,16 @@ from appliance.errors import (
     EngineError,
     EngineStreamFailed,
     InvalidRequest,
+    Malformed,
     ModelNotFound,
+    RateLimited,
     UnsupportedFeature,
 )
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import Authenticator, Tenant, cache_salt
+from appliance.serving.epochs import Epochs
+from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
 from appliance.serving.metrics import (
     CLIENT_DISCONNECTED,
     COMPLETE,
@@ -34,6 +39,8 @@ from appliance.serving.metrics import (
 from appliance.serving.relay import collect_answer, event_source, forward
 from appliance.serving.tokenizing import ModelTokenizer
 from appliance.web.bodies import read_body, read_object
+from appliance.web.evidence import evidence_or_refusal
+from appliance.web.problem import error_body, problem
 from appliance.web.stream import EventStreamBody
 from appliance.wire.canonical import (
     MAX_SAFE_INTEGER,
@@ -41,6 +48,7 @@ from appliance.wire.canonical import (
     JsonValue,
     canonical_json,
 )
+from appliance.wire.encoding import decode_hex
 from appliance.wire.openai import (
     ChoicePlan,
     Endpoint,
@@ -54,6 +62,8 @@ from appliance.wire.openai import (
 
 PREFIXES = ("/v1", "/~inference@1.0", "/~inference@1.0/v1")
 """OpenAI's own, and those of the original DCV interface."""
+
+NONCE_BYTES = 32
 
 CLEANUP = "dcv.cleanup"
 """Key in the ASGI scope of the ExitStack that `web.app` closes when the request is over."""
@@ -69,6 +79,7 @@ class InferenceServices:
         random: so many random bytes.
         created: Unix seconds told as the model's creation: when this appliance booted.
         tokenizer: None when the model has no usable tokenizer file.
+        evidence_s: seconds that a request may wait for its evidence.
     """
 
     config: MeasuredConfig
@@ -81,6 +92,9 @@ class InferenceServices:
     metrics: Metrics
     random: Callable[[int], bytes]
     created: int
+    epochs: Epochs
+    evidence_s: float
+    receipts: ReceiptDesk
 
 
 class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -132,39 +146,61 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
 
 
 async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
-    """One inference request, from its bytes to the beginning of its answer; counted, whatever
-    becomes of it."""
+    """One inference request, from its bytes to the beginning of its answer; counted, and once its
+    body is there recorded, whatever becomes of it."""
     observed = services.metrics.observe(endpoint.value)
     cleanup: ExitStack = request.scope[CLEANUP]  # type: ignore[literal-required]
     # Only counts if nothing else ended it: then it was the client who left.
     cleanup.callback(observed.end, CLIENT_DISCONNECTED)
     try:
-        response, streaming = await _infer(endpoint, services, cleanup, observed)
+        # 1. Authenticate, from the headers: nobody else's body is worth reading.
+        tenant = _tenant(services)
+        # 2. Read; the raw bytes are what the receipt names.
+        raw = await read_body()
     except ApplianceError as error:
         observed.end(error.code)
         raise
-    if not streaming:
-        observed.end(COMPLETE)
+    record = _open_record(services, tenant, raw)
+    cleanup.callback(record.abandoned)
+    try:
+        response, streaming = await _infer(
+            endpoint, services, tenant, raw, cleanup, observed, record
+        )
+    except ApplianceError as error:
+        observed.end(error.code)
+        if isinstance(error, RateLimited):  # it was not looked at, and leaves no receipt
+            record.forget()
+            raise
+        response = problem(error)
+        record.write(canonical_json(error_body(error)))
+        record.failed(error)
+    else:
+        if not streaming:
+            observed.end(COMPLETE)
+            record.complete()
+    response.headers["X-Receipt-Id"] = record.receipt_id
     return response
 
 
 async def _infer(
     endpoint: Endpoint,
     services: InferenceServices,
+    tenant: Tenant,
+    raw: bytes,
     cleanup: ExitStack,
     observed: ExchangeMetrics,
+    record: ExchangeRecord,
 ) -> tuple[Response, bool]:
-    """The steps of `infer`; also says whether the answer goes on as a stream."""
+    """The other steps of `infer`; also says whether the answer goes on as a stream."""
     limits = services.config.limits
-    # 1. Authenticate, from the headers: nobody else's body is worth reading.
-    tenant = _tenant(services)
-    # 2. Read and understand; the raw bytes are what a receipt will name.
-    raw = await read_body()
+    # 3. Understand, every key or none.
+    _client_nonce()
     body = parse_body(raw, max_nesting=limits.max_nesting)
     wanted = parse_request(endpoint, body, extra_keys=services.config.engine.extra_request_keys)
+    response_id = endpoint.id_prefix + services.random(16).hex()
     _check_model(wanted.model, services)
     _check_transport(wanted)
-    response_id = endpoint.id_prefix + services.random(16).hex()
+    record.understood(wanted, response_id)
     plans = plan_choices(
         wanted,
         response_id=response_id,
@@ -172,17 +208,49 @@ async def _infer(
         cache_salt=cache_salt(services.cache_secret, tenant),
         max_choices=limits.max_choices,
     )
-    # 3. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
+    # 4. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
     exchange = await services.admission.admit(tenant, places=len(plans))
     cleanup.callback(exchange.release)
-    # 4. Evidence for this request is gathered and appraised here, before anything is forwarded.
-    # 5. Forward and relay.
+    # 5. Fresh evidence that covers this request, appraised before anything of it is forwarded.
+    record.begin()
+    attested = await evidence_or_refusal(
+        services.evidence_s, partial(services.epochs.join, "request", record.commitment)
+    )
+    record.admitted(attested)
+    # 6. Forward and relay.
+    record.forwarded(wanted.body, plans)
     try:
         if wanted.stream:
-            return await _stream(services, wanted, plans, exchange, response_id, observed), True
-        return await _complete(services, wanted, plans, exchange, response_id, observed), False
+            streamed = await _stream(
+                services, wanted, plans, exchange, response_id, observed, record
+            )
+            return streamed, True
+        return await _complete(
+            services, wanted, plans, exchange, response_id, observed, record
+        ), False
     except EngineError as error:
         raise exchange.interrupted or error from error
+
+
+def _open_record(services: InferenceServices, tenant: Tenant, raw: bytes) -> ExchangeRecord:
+    try:
+        nonce = _client_nonce()
+    except InvalidRequest:  # refused once the record is open, so that the refusal has a receipt
+        nonce = None
+    return services.receipts.open(tenant, endpoint=request.path, raw=raw, client_nonce=nonce)
+
+
+def _client_nonce() -> bytes | None:
+    """`X-DCV-Nonce`: 64 lowercase hex digits, once, or nothing."""
+    given = request.headers.getlist("X-DCV-Nonce")
+    if not given:
+        return None
+    try:
+        if len(given) == 1:
+            return decode_hex(given[0], field="X-DCV-Nonce", length=NONCE_BYTES)
+    except Malformed:
+        pass
+    raise InvalidRequest("X-DCV-Nonce: expected 64 lowercase hex digits, once")
 
 
 async def _complete(
@@ -192,6 +260,7 @@ async def _complete(
     exchange: Exchange,
     response_id: str,
     observed: ExchangeMetrics,
+    record: ExchangeRecord,
 ) -> Response:
     limits = services.config.limits
     try:
@@ -202,6 +271,7 @@ async def _complete(
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine took too long to answer") from None
     observed.usage(answer.value.get("usage"))
+    record.answered(answer.data, answer.value)
     return Response(answer.data, content_type="application/json")
 
 
@@ -212,6 +282,7 @@ async def _stream(
     exchange: Exchange,
     response_id: str,
     observed: ExchangeMetrics,
+    record: ExchangeRecord,
 ) -> Response:
     """The head waits for the engine's, so that its refusals keep their status; but no longer than
     a heartbeat, after which the client hears pings."""
@@ -231,6 +302,7 @@ async def _stream(
             exchange,
             limits,
             observed,
+            record,
             first_deadline=deadline,
             usage_asked=wanted.include_usage,
         ),

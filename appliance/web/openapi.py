@@ -47,16 +47,16 @@ _GENERATING = (
     *_READING, errors.InvalidSeed, errors.SessionNotAccepted, errors.RateLimited,
     errors.Overloaded, errors.NotServing, errors.EngineRefused, errors.EngineUnavailable,
     errors.EngineDied, errors.EngineHung, errors.EngineStreamFailed, errors.EngineProtocolError,
+    errors.AttestationFailed,
 )  # fmt: skip
-_PROVING = (
-    errors.RateLimited, errors.Overloaded, errors.ProviderAbsent, errors.DeviceFault,
-    errors.AttesterUnavailable, errors.Unauthentic, errors.Revoked, errors.Stale, errors.Unbound,
-    errors.Contraindicated,
-)  # fmt: skip
+_PROVING = (errors.RateLimited, errors.Overloaded, errors.AttestationFailed)
 _SHOWING = (
     *_ASKING_A_KEY, errors.Malformed, errors.InvalidRequest, errors.UnknownParameter,
     errors.UnsupportedFeature, errors.BodyTooSlow, errors.BodyTooLarge, errors.RateLimited,
     errors.Overloaded,
+)  # fmt: skip
+_LOOKING_UP = (
+    *_ASKING_A_KEY, errors.RouteNotFound, errors.ReceiptLost, errors.Overloaded,
 )  # fmt: skip
 _ONLY_WITH_KEYS = frozenset({errors.Unauthorized, errors.RateLimited})
 
@@ -287,6 +287,10 @@ _ANSWERS: JsonObject = {
         engine=_object(name=_TEXT, version=_TEXT, ready=_BOOLEAN), model=_TEXT, version=_TEXT,
         uptime_s=_WHOLE, running=_WHOLE, attestation={"type": ["object", "null"]},
     ),
+    "Receipt": _object(
+        api_version={"const": "aci/1"}, receipt_id=_TEXT, workload_keyset_digest=_TEXT,
+        event_log=_list({"type": "object"}), key_id=_TEXT, signature=_TEXT,
+    ),
     "Report": _object(
         api_version={"const": "aci/1"}, workload_keyset_digest=_TEXT,
         attestation=_object(
@@ -313,6 +317,10 @@ _NONCE: JsonObject = {
 _DIGEST: JsonObject = {
     "name": "digest", "in": "path", "required": True,
     "schema": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
+}  # fmt: skip
+_RECEIPT_ID: JsonObject = {
+    "name": "receipt_id", "in": "path", "required": True, "schema": {"type": "string"},
+    "description": "From `X-Receipt-Id`, or the answer's `id`.",
 }  # fmt: skip
 _GENERATED = _object(
     verified=_BOOLEAN, evidences=_list({}), claims=_list({}), eat=_TEXT, client_nonce=_TEXT,
@@ -356,6 +364,12 @@ _OPERATIONS = (
                {"200": _json(_GENERATED)}, "GenerateRequest", (*_SHOWING, *_PROVING)),
     _Operation("verify", "A verdict on GPU evidence", _attestation("/verify"),
                {"200": _json(_VERIFIED)}, "VerifyRequest", _SHOWING),
+    _Operation("receipt", "The receipt of an exchange", ("/v1/aci/receipts/{receipt_id}",),
+               {"200": _json(_ref("schemas", "Receipt"))}, errors=_LOOKING_UP,
+               parameters=(_RECEIPT_ID,)),
+    _Operation("epoch", "The GPU evidence that receipts cite", ("/v1/dcv/epochs/{digest}",),
+               {"200": _json({"type": "object"})},
+               errors=(*_LOOKING_UP, errors.InvalidRequest), parameters=(_DIGEST,)),
     _Operation("info", "What the GPU attestation device does", ("/~sev_gpu@1.0/info",),
                {"200": _json(_object(exports=_list(_TEXT), version=_TEXT))}),
     _Operation("well_known", "Versions and endpoints", ("/.well-known/dcv",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quart import Response
 
-from appliance.errors import ApplianceError, Unauthorized
+from appliance.errors import ApplianceError, AttestationFailed, Unauthorized
 from appliance.wire.answers import error_object
 from appliance.wire.canonical import JsonObject, canonical_json
 
@@ -23,6 +23,9 @@ def problem(error: ApplianceError) -> Response:
     )
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
+    if isinstance(error, AttestationFailed):
+        # The openai package retries a 503 by itself; the next attempt would fare no better.
+        response.headers["x-should-retry"] = "false"
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 section 11.6.1
     return response

@@ -19,6 +19,7 @@ from quart.wrappers.response import ResponseBody
 from appliance.config import Limits
 from appliance.errors import ApplianceError, EngineStreamFailed
 from appliance.serving.admission import Exchange
+from appliance.serving.exchanges import ExchangeRecord
 from appliance.serving.metrics import COMPLETE, ExchangeMetrics
 from appliance.serving.relay import EventSource, find_usage
 from appliance.web.problem import error_body
@@ -46,6 +47,7 @@ class EventStreamBody(ResponseBody):
         exchange: Exchange,
         limits: Limits,
         observed: ExchangeMetrics,
+        record: ExchangeRecord,
         *,
         first_deadline: float,
         usage_asked: bool,
@@ -60,6 +62,7 @@ class EventStreamBody(ResponseBody):
         self._exchange = exchange
         self._limits = limits
         self._observed = observed
+        self._record = record
         self._deadline = first_deadline
         self._usage_asked = usage_asked
         self._usage = b""  # the last events that may tell it
@@ -92,7 +95,10 @@ class EventStreamBody(ResponseBody):
             self._failed = True
             told = self._exchange.interrupted or error
             self._observed.end(told.code)
-            return encode_event(error_body(told))
+            data = encode_event(error_body(told))
+            self._record.write(data)
+            self._record.failed(told)
+            return data
 
     async def _next(self) -> bytes:
         with trio.move_on_after(self._limits.heartbeat_s):
@@ -102,12 +108,15 @@ class EventStreamBody(ResponseBody):
                 if self._usage:
                     self._observed.usage(find_usage(self._usage, self._limits))
                 self._observed.end(COMPLETE)
+                self._record.complete()
                 raise StopAsyncIteration
             self._observed.events(data.count(b"\n\n"))
             if self._usage_asked and USAGE in data:
                 self._usage = data
             self._deadline = trio.current_time() + self._limits.engine_idle_s
+            self._record.write(data)
             return data
         if trio.current_time() >= self._deadline:
             raise EngineStreamFailed("the engine has been silent for too long")
+        self._record.write(PING)
         return PING

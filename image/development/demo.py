@@ -1,4 +1,5 @@
-"""`just demo`: boot the appliance with the real SGLang, ask it one question, show the answer.
+"""`just demo`: boot the appliance with the real SGLang, ask it one question, show the answer, and
+verify the appliance: live, offline from a saved bundle, and with one byte of the evidence changed.
 
 It runs the `dcv` command as an operator would and the unmodified `openai` package as a developer
 would, over TLS, trusting nothing but the certificate the appliance wrote at its boot.
@@ -41,6 +42,8 @@ def main() -> int:
     try:
         with running_appliance(folder) as url:
             ask(url, folder / "tls.pem")
+            save(url, folder)
+        verify_offline(folder)
     except DemoError as error:
         console.print(f"[red]{error}[/red]", soft_wrap=True)
         return 1
@@ -115,6 +118,40 @@ def ask(url: str, certificate: Path) -> None:
     console.print(f"[dim]first token after {first - asked:.2f} s, {tokens} tokens, {rate}[/dim]")
     if "Paris" not in answer:
         raise DemoError("expected the answer to name Paris")
+
+
+def save(url: str, folder: Path) -> None:
+    """Verify the running appliance and keep what it showed."""
+    _verify("the appliance, now", "warning", url, "--save", folder / "bundle.json", folder=folder)
+
+
+def verify_offline(folder: Path) -> None:
+    """Verify what was kept, as it is and with one byte of a GPU's report changed."""
+    bundle = folder / "bundle.json"
+    _verify("the saved bundle, offline", "warning", bundle, folder=folder)
+    document = json.loads(bundle.read_text())
+    gpu = document["report"]["attestation"]["evidence"]["gpu"]["gpus"][0]
+    place = len(gpu["report_b64"]) // 2
+    other = "A" if gpu["report_b64"][place] != "A" else "B"
+    gpu["report_b64"] = gpu["report_b64"][:place] + other + gpu["report_b64"][place + 1 :]
+    bundle.write_text(json.dumps(document))
+    _verify("the same, one byte changed", "contraindicated", bundle, folder=folder)
+
+
+def _verify(what: str, expected: str, *arguments: str | Path, folder: Path) -> None:
+    command = [DCV, "verify", *arguments, "--policy", folder / "policy.toml", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        outcome = json.loads(done.stdout)
+    except ValueError as error:
+        raise DemoError(f"dcv verify: {done.stderr}") from error
+    error = outcome["error"] or {}
+    reasons = {one["got"] for one in outcome["findings"] if "test root" in one["got"]}
+    why = error.get("message") or "; ".join(sorted(reasons)) or "no finding"
+    style = {"warning": "yellow", "contraindicated": "red"}.get(outcome["verdict"], "green")
+    console.print(f"{what}: [{style}]{outcome['verdict']}[/{style}]: {why}", soft_wrap=True)
+    if outcome["verdict"] != expected:
+        raise DemoError(f"expected the verdict {expected}")
 
 
 def _status(folder: Path) -> dict[str, object]:

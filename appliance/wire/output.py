@@ -1,0 +1,294 @@
+"""What an answer says, whichever way it was sent: `output_digest` (protocol.md section 5).
+
+    a whole answer ───────────┐
+    chunks of a stream, joined ┴── choices by index ── sha256(JCS({"choices": […]}))
+
+A stream, a whole answer and a replay of the same generation have one digest: deltas are joined,
+null and empty members of a message are left out, and so is what differs from run to run (ids) or
+is bound elsewhere (log probabilities: the response hash has them).
+
+Chunks are decoded into a few typed members and nothing else, because this runs for every token,
+if not at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from appliance.errors import Malformed
+from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json
+from appliance.wire.sse import DONE_EVENT
+
+MAX_CHOICES = 128
+MAX_TOOL_CALLS = 1024
+MAX_ARGUMENT_NESTING = 64
+
+_DATA = b"data: "
+_DONE = DONE_EVENT.removesuffix(b"\n\n")
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Output:
+    """What an answer says. Its `repr` does not.
+
+    Attributes:
+        choices: by index, in the form that is hashed.
+        finish_reasons: of each.
+        usage: the last that was told; None when none was.
+    """
+
+    choices: tuple[JsonObject, ...]
+    finish_reasons: tuple[str | None, ...]
+    usage: JsonObject | None
+
+    def __repr__(self) -> str:
+        return f"Output({len(self.choices)} choices)"
+
+    @property
+    def digest(self) -> bytes:
+        """`output_digest`, 32 bytes.
+
+        Raises:
+            Malformed: a text has no canonical form.
+        """
+        choices: list[JsonValue] = list(self.choices)
+        return hashlib.sha256(canonical_json({"choices": choices})).digest()
+
+
+class _Function(Struct, gc=False):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(Struct, gc=False):
+    index: int | None = None
+    function: _Function | None = None
+
+
+class _Message(Struct, gc=False):
+    """A message, or the delta of one."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(Struct, gc=False):
+    """A choice of either endpoint, whole or in part: a chat's has `message` or `delta`."""
+
+    index: int
+    text: str | None = None
+    delta: _Message | None = None
+    message: _Message | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(Struct, gc=False):
+    choices: list[_Choice] | None = None
+    usage: dict[str, Any] | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+def output_of_answer(answer: JsonObject, *, max_bytes: int) -> Output:
+    """The output of an answer that was not streamed.
+
+    Raises:
+        Malformed: not shaped as one, or over the bound.
+    """
+    try:
+        chunk = msgspec.convert(answer, _Chunk)
+    except msgspec.ValidationError:
+        raise _unreadable() from None
+    joined = OutputJoiner(max_bytes=max_bytes)
+    joined.add(chunk)
+    return joined.output()
+
+
+def output_of_stream(content: bytes, *, max_bytes: int) -> Output:
+    """The output of a whole event stream: its content bytes, heartbeats and `[DONE]` included.
+
+    Raises:
+        Malformed: not events as this appliance writes them, or over the bound.
+    """
+    joiner = OutputJoiner(max_bytes=max_bytes)
+    joiner.add_events(content)
+    return joiner.output()
+
+
+class OutputJoiner:
+    """Joins the chunks of a stream, in any number of goes.
+
+    Args:
+        max_bytes: of all texts together, counted in characters.
+    """
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._left = max_bytes
+        self._choices: dict[int, _Joined] = {}
+        self._usage: JsonObject | None = None
+
+    def add_events(self, events: bytes) -> None:
+        """Take whole events: chunks, comments, errors, `[DONE]`.
+
+        Raises:
+            Malformed: not events as this appliance writes them, or over the bound.
+        """
+        if events and not events.endswith(b"\n\n"):
+            raise Malformed("expected whole events")
+        add = self.add
+        try:
+            for event in events.split(b"\n\n"):
+                if event.startswith(_DATA) and event != _DONE:
+                    add(_decode_chunk(event[len(_DATA) :]))
+                elif (
+                    event and event != _DONE and not (event.startswith(b":") and b"\n" not in event)
+                ):
+                    raise _unreadable()
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            raise _unreadable() from None
+
+    def add(self, chunk: _Chunk) -> None:
+        """Take one chunk, or a whole answer.
+
+        Raises:
+            Malformed: too many choices or calls, or over the bound.
+        """
+        if chunk.usage is not None:
+            self._usage = chunk.usage
+        for choice in chunk.choices or ():
+            joined = self._choices.get(choice.index)
+            if joined is None:
+                joined = self._choices[choice.index] = _Joined(_bounded(choice.index, MAX_CHOICES))
+            self._left -= joined.add(choice)
+        if self._left < 0:
+            raise Malformed("expected less text in one answer")
+
+    def output(self) -> Output:
+        """All that was said so far.
+
+        Raises:
+            Malformed: a choice is missing.
+        """
+        choices = [self._choices[index] for index in sorted(self._choices)]
+        if [one.index for one in choices] != list(range(len(choices))):
+            raise Malformed("expected the choices 0 to n-1", field="$.choices")
+        return Output(
+            choices=tuple(one.to_json() for one in choices),
+            finish_reasons=tuple(one.finish_reason for one in choices),
+            usage=self._usage,
+        )
+
+    def compact(self) -> None:
+        """Join the fragments of late: one of a token takes ten times its length."""
+        for one in self._choices.values():
+            one.compact()
+
+
+class _Text:
+    """A text in fragments: `joined` are long ones, `fresh` are those of the last few tokens."""
+
+    __slots__ = ("fresh", "joined")
+
+    def __init__(self) -> None:
+        self.joined: list[str] = []
+        self.fresh: list[str] = []
+
+    def add(self, part: str | None) -> int:
+        """Take the next fragment; how many characters it has."""
+        if not part:
+            return 0
+        self.fresh.append(part)
+        return len(part)
+
+    def compact(self) -> None:
+        if self.fresh:
+            self.joined.append("".join(self.fresh))
+            self.fresh.clear()
+
+    def __str__(self) -> str:
+        return "".join(self.joined) + "".join(self.fresh)
+
+
+class _Joined:
+    """One choice so far."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.chat = False
+        self.finish_reason: str | None = None
+        self._text, self._content, self._reasoning, self._refusal = (_Text() for _ in range(4))
+        self._calls: dict[int, tuple[_Text, _Text]] = {}  # names and arguments, by number
+
+    def add(self, choice: _Choice) -> int:
+        """Take a part of it; how many characters it has."""
+        if choice.finish_reason is not None:
+            self.finish_reason = choice.finish_reason
+        message = choice.delta or choice.message
+        if message is None:
+            return self._text.add(choice.text)
+        self.chat = True
+        size = self._content.add(message.content)
+        if message.reasoning_content:
+            size += self._reasoning.add(message.reasoning_content)
+        if message.refusal:
+            size += self._refusal.add(message.refusal)
+        for position, call in enumerate(message.tool_calls or ()):
+            # The calls of a whole message are all there, so their order says which is which; some
+            # engines number each of them 0.
+            index = position if choice.delta is None or call.index is None else call.index
+            size += self._add_call(_bounded(index, MAX_TOOL_CALLS), call.function or _Function())
+        return size
+
+    def _add_call(self, index: int, function: _Function) -> int:
+        call = self._calls.get(index)
+        if call is None:
+            call = self._calls[index] = (_Text(), _Text())
+        return call[0].add(function.name) + call[1].add(function.arguments)
+
+    def compact(self) -> None:
+        for text in (self._text, self._content, self._reasoning, self._refusal):
+            text.compact()
+        for _, arguments in self._calls.values():
+            arguments.compact()
+
+    def to_json(self) -> JsonObject:
+        choice: JsonObject = {"index": self.index, "finish_reason": self.finish_reason}
+        if not self.chat:
+            return {**choice, "text": str(self._text)}
+        message: JsonObject = {
+            "content": str(self._content),
+            "reasoning_content": str(self._reasoning),
+            "refusal": str(self._refusal),
+            "tool_calls": [
+                {"name": str(name), "arguments": _arguments(str(arguments))}
+                for _, (name, arguments) in sorted(self._calls.items())
+            ],
+        }
+        return {**choice, "message": {name: value for name, value in message.items() if value}}
+
+
+def _arguments(text: str) -> JsonValue:
+    """Parsed, so that spacing does not count; the text where it is not JSON that every parser
+    reads alike."""
+    try:
+        return parse_json(text.encode("utf-8"), max_nesting=MAX_ARGUMENT_NESTING)
+    except (Malformed, UnicodeEncodeError):
+        return text
+
+
+def _bounded(index: int, most: int) -> int:
+    if not 0 <= index < most:
+        raise Malformed(f"expected an index from 0 to {most - 1}", field="$.choices")
+    return index
+
+
+def _unreadable() -> Malformed:
+    return Malformed("expected an answer, or the events of one")
