@@ -143,8 +143,8 @@ def _verify(what: str, expected: str, *arguments: str | Path, folder: Path) -> N
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         outcome = json.loads(done.stdout)
-    except ValueError as error:
-        raise DemoError(f"dcv verify: {done.stderr}") from error
+    except ValueError as unreadable:
+        raise DemoError(f"dcv verify: {done.stderr}") from unreadable
     error = outcome["error"] or {}
     reasons = {one["got"] for one in outcome["findings"] if "test root" in one["got"]}
     why = error.get("message") or "; ".join(sorted(reasons)) or "no finding"
