@@ -49,7 +49,7 @@ from appliance.rats.gpus import GpuStatement, summary
 from appliance.rats.model import Anchors
 from appliance.rats.result import AttestationResult
 from appliance.serving.certificates import parse_client_authorities, read_certificates
-from appliance.serving.epochs import Epochs
+from appliance.serving.epochs import Epoch, Epochs
 from appliance.serving.identity import GpuFacts, Identity, ImageFacts, create_identity
 from appliance.serving.keys import TlsIdentity, create_signing_key, create_tls_identity
 from appliance.serving.lifecycle import Lifecycle
@@ -369,6 +369,11 @@ def _evidence_services(
     async def appraise(gpus: tuple[GpuEvidence, ...], nonce: bytes) -> AttestationResult:
         return summary(await own.appraise_gpus(gpus, nonce))
 
+    async def refresh(epoch: Epoch) -> None:
+        await own.refresh_cpu()
+        if epoch.gpus:
+            await own.refresh_gpus(epoch.gpus, epoch.nonce)
+
     reports = Reports(
         identity,
         quote=own.quote,
@@ -392,6 +397,7 @@ def _evidence_services(
         reports,
         epochs,
         appraise=own.appraise_report,
+        refresh=refresh,
         withdraw=owner.withdraw,
         random_bytes=random,
         now=now,

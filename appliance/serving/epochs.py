@@ -52,6 +52,11 @@ class Epoch:
     evidence_digest: bytes
     collected_at: float
 
+    @property
+    def nonce(self) -> bytes:
+        """What every report in `gpus` carries, 32 bytes."""
+        return epoch_nonce(self.keyset_digest, self.tree.size, self.tree.root)
+
 
 @dataclass(frozen=True, slots=True)
 class Attested:

@@ -3,7 +3,7 @@
 Every interval, a little later at random so that a fleet spreads, it asks for its own report with
 a fresh nonce and appraises it as a relying party would. What does not hold withdraws it at once;
 what cannot be had withdraws it after as many times in a row as are configured. In between, the
-keyset is renewed in time.
+keyset is renewed in time, and vendors are asked again about what they vouch for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from appliance.config import Attestation
 from appliance.errors import ApplianceError, AttesterError, AttesterUnavailable, EvidenceError
 from appliance.log import Log
 from appliance.rats.result import AttestationResult
-from appliance.serving.epochs import Epochs
+from appliance.serving.epochs import Epoch, Epochs
 from appliance.serving.reports import Reports
 from appliance.wire.canonical import JsonObject, JsonValue
 
@@ -28,6 +28,12 @@ JITTER = 0.1
 REPORT_S = 120.0
 """One report and its appraisal: an epoch or two, a quote, arithmetic."""
 
+REFRESH_S = 3600.0
+"""Between two rounds of questions to vendors; revocation is told for a day."""
+
+VENDORS_S = 600.0
+"""For one round: a dozen questions for each of sixteen GPUs, if each takes its time."""
+
 NONCE_BYTES = 32
 
 
@@ -36,6 +42,7 @@ class Reattestation:
 
     Args:
         appraise: a report's bytes and the nonce asked with, to the verdict.
+        refresh: asks vendors again, about an epoch's GPUs and the CPU.
         withdraw: told when the appliance must not go on.
         now: Unix seconds.
     """
@@ -47,6 +54,7 @@ class Reattestation:
         epochs: Epochs,
         *,
         appraise: Callable[[bytes, bytes | None], Awaitable[AttestationResult]],
+        refresh: Callable[[Epoch], Awaitable[None]],
         withdraw: Callable[[ApplianceError], None],
         random_bytes: Callable[[int], bytes],
         now: Callable[[], float],
@@ -56,6 +64,8 @@ class Reattestation:
         self._reports = reports
         self._epochs = epochs
         self._appraise = appraise
+        self._refresh = refresh
+        self._refreshed_at = now()
         self._withdraw = withdraw
         self._random_bytes = random_bytes
         self._now = now
@@ -89,6 +99,7 @@ class Reattestation:
             try:
                 result = await self.once()
                 await self._reports.null_form()
+                await self._ask_vendors()
             except AttesterError as error:
                 self._failures += 1
                 self._log.warning("reattestation_failed", code=error.code, error=error.message)
@@ -101,6 +112,16 @@ class Reattestation:
             else:
                 self._failures = 0
                 self._log.info("reattested", verdict=result.verdict.value)
+
+    async def _ask_vendors(self) -> None:
+        """Now and then. What cannot be had is in the log; what was had before still counts."""
+        epoch, now = self._epochs.last, self._now()
+        if epoch is None or now - self._refreshed_at < REFRESH_S:
+            return
+        self._refreshed_at = now
+        with trio.move_on_after(VENDORS_S) as deadline:
+            await self._refresh(epoch)
+        self._log.info("vendors_asked", in_time=not deadline.cancelled_caught)
 
     def health(self) -> JsonObject:
         """`attestation` of the health document."""

@@ -511,3 +511,32 @@ def test_a_policy_with_a_typing_error_is_not_a_verdict(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "tee_types" in done.stdout
+
+
+async def test_vendors_are_asked_again_while_it_serves(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    """An hour later: what is asked for comes with the next reports, and nothing withdraws."""
+    ahead = [0.0]
+    sections: Sections = {"attestation": {"interval_s": 0.05}}
+    appliance = await start_appliance(
+        nursery, tmp_path, sections=sections, wall_clock=lambda: time.time() + ahead[0]
+    )
+    await _reattested(appliance, times=2)
+    assert "vendors_asked" not in events(appliance)  # at boot, and not again so soon
+    ahead[0] = 3700.0
+    await _reattested(appliance, times=3)
+    assert events(appliance).count("vendors_asked") == 1
+    assert not appliance.ended.is_set()
+
+
+async def _reattested(appliance: RunningAppliance, *, times: int) -> None:
+    """Wait for so many more."""
+    wanted = events(appliance).count("reattested") + times
+    with trio.fail_after(10):
+        while events(appliance).count("reattested") < wanted:
+            await trio.sleep(0.02)
+
+
+def events(appliance: RunningAppliance) -> list[str]:
+    return [str(line["event"]) for line in appliance.log_lines]
