@@ -24,6 +24,7 @@ from appliance.errors import (
     ConfigError,
     EndorsementsUnavailable,
     Malformed,
+    leaves,
 )
 from appliance.log import Log
 from appliance.wire.canonical import JsonValue
@@ -96,7 +97,7 @@ async def _outcome(
     try:
         await _converse(frames, open_collector, log)
     except* Malformed as group:
-        malformed = list(_leaves(group))
+        malformed = [leaf for leaf in leaves(group) if isinstance(leaf, Malformed)]
     except* (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
         log.warning("gateway_gone")
     finally:
@@ -210,13 +211,6 @@ def _peer(stream: trio.SocketStream) -> tuple[int, int, int]:
     raw = stream.socket.getsockopt(SOL_SOCKET, SO_PEERCRED, PEER_CREDENTIALS.size)
     pid, uid, gid = PEER_CREDENTIALS.unpack(raw)
     return pid, uid, gid
-
-
-def _leaves(group: BaseExceptionGroup[Malformed]) -> list[Malformed]:
-    found: list[Malformed] = []
-    for one in group.exceptions:
-        found += _leaves(one) if isinstance(one, BaseExceptionGroup) else [one]
-    return found
 
 
 __all__ = ["OpenCollector", "serve_attester", "serve_connection"]

@@ -92,7 +92,7 @@ def appraise_report(
         at=context.at,
         memory=context.memory,
     )
-    _check_instance(report, gpus)
+    check_instance(report, gpus)
     # 7. The keyset is in its time.
     _check_lifetime(report, context.at)
     # 8. The connection ends in the machine that holds a key of the keyset.
@@ -213,7 +213,7 @@ def _provenance_findings(
             )
 
 
-def _check_instance(report: Report, gpus: tuple[GpuStatement, ...]) -> None:
+def check_instance(report: Report, gpus: tuple[GpuStatement, ...]) -> None:
     """The GPUs that gave evidence are those of the instance document, one to one, in its order."""
     listed = report.instance.get("gpus")
     expected = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -47,6 +48,25 @@ def test_a_whole_answer_and_a_streamed_one_are_the_same(real: RealAppliance) -> 
     assert whole.usage is not None
     assert usage is not None
     assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_whole_answer_and_a_streamed_one_have_one_output_digest(real: RealAppliance) -> None:
+    digests = []
+    with real.openai() as client, real.client() as http:
+        for stream in (False, True):
+            raw = client.chat.completions.with_raw_response.create(
+                model=MODEL_ID, messages=QUESTION, temperature=0, max_tokens=24, stream=stream
+            )
+            answer = raw.http_response.read()
+            receipt = http.get(f"/v1/aci/receipts/{raw.headers['x-receipt-id']}").json()
+            events = {event["type"]: event for event in receipt["event_log"]}
+            assert events["dcv.ended"]["outcome"] == "complete"
+            returned = events["response.returned"]["body_hash"]
+            assert returned == "sha256:" + hashlib.sha256(answer).hexdigest()
+            assert events["dcv.gpu.attested"]["verdict"] == "warning"  # simulated hardware
+            assert events["dcv.engine"]["deterministic"] is True
+            digests.append(events["dcv.output"]["output_digest"])
+    assert digests[0] == digests[1] is not None
 
 
 async def test_the_asynchronous_client_works_too(real: RealAppliance) -> None:
