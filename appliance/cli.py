@@ -26,7 +26,9 @@ from appliance.notify import Notifier
 from appliance.operator_input import load_operator_input, tighten
 from appliance.run import run
 from appliance.serving.auth import create_key, hash_key
+from appliance.verifier.chat import add_chat
 from appliance.verifier.commands import add_appraise
+from appliance.verifier.receipt_command import add_receipt
 from appliance.verifier.verify_command import add_verify
 
 DEFAULT_ATTESTER_SOCKET = "/run/dcv-attester/attester.sock"
@@ -232,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     csr.set_defaults(command=csr_command)
 
     add_verify(commands)
+    add_receipt(commands)
+    add_chat(commands)
     add_appraise(commands)
     return parser
 

@@ -1,4 +1,4 @@
-"""The relying party's check of an appliance: protocol.md section 9, steps 1 to 9.
+"""The relying party's check of an appliance: protocol.md section 9, all ten steps.
 
 The policy and the reference values are the relying party's own; what the appliance says about
 its policy is only a document that its evidence binds.
@@ -16,9 +16,10 @@ from appliance.config import Policy, parse_toml
 from appliance.endorsements.anchors import load_anchors, load_simulated_anchors
 from appliance.errors import ConfigError, Malformed, VerificationIncomplete
 from appliance.rats.appraise import SIMULATED_TEE_TYPE, Context, appraise_report
+from appliance.rats.exchange import appraise_exchange
 from appliance.rats.model import Anchors
 from appliance.rats.reference import ReferenceValues, parse_reference_values
-from appliance.rats.result import AttestationResult
+from appliance.rats.result import AttestationResult, conclude
 from appliance.verifier.bundle import Bundle
 from appliance.verifier.session import fetch_report
 from appliance.wire.report import parse_report
@@ -100,7 +101,9 @@ async def fetch(url: str, nonce: bytes, *, now: datetime.datetime) -> Bundle:
 
 
 def check(bundle: Bundle, rules: Rules, *, at: datetime.datetime) -> AttestationResult:
-    """Steps 2 to 9 on what was fetched, now or once.
+    """Steps 2 to 9 on what was fetched, now or once, and step 10 where there is a receipt.
+
+    The result on the exchange is the part `receipt`.
 
     Args:
         at: timezone-aware; when certificates and keyset must be valid.
@@ -108,12 +111,15 @@ def check(bundle: Bundle, rules: Rules, *, at: datetime.datetime) -> Attestation
     Raises:
         Malformed, Unauthentic, Revoked, Stale, Unbound: it does not hold.
     """
-    return appraise_report(
-        bundle.report,
-        nonce=bundle.nonce,
-        spki_sha256=bundle.spki_sha256,
-        context=rules.context(at),
+    context = rules.context(at)
+    report = bundle.report
+    result = appraise_report(
+        report, nonce=bundle.nonce, spki_sha256=bundle.spki_sha256, context=context
     )
+    if bundle.exchange is None:
+        return result
+    exchange = appraise_exchange(bundle.exchange, report=report, context=context)
+    return conclude(result.claims, result.findings, {**result.submods, "receipt": exchange})
 
 
 def _read(path: Path) -> bytes:

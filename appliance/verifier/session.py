@@ -8,6 +8,7 @@ whoever answers; a report's nonce is not.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
@@ -18,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from appliance import __version__
-from appliance.errors import VerificationIncomplete
+from appliance.errors import Unbound, VerificationIncomplete
 from appliance.wire import report as report_format
 
 CONNECT_S = 10.0
@@ -102,10 +103,87 @@ def _any_key() -> ssl.SSLContext:
     return context
 
 
+class PinnedContext(ssl.SSLContext):
+    """TLS with one key and no other: whose key it is, evidence has said before.
+
+    The key is looked at as the handshake ends. Until that has returned no layer above can write,
+    so where it is another's nothing leaves this machine, not even a request line.
+    """
+
+    spki_sha256: bytes
+
+    @classmethod
+    def to(cls, spki_sha256: bytes) -> PinnedContext:
+        """Args: spki_sha256: 32 bytes, of the key's SubjectPublicKeyInfo."""
+        context = cls(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE  # this key, whichever certificate holds it
+        context.sslobject_class = _PinnedObject
+        context.sslsocket_class = _PinnedSocket
+        context.spki_sha256 = spki_sha256
+        return context
+
+    def check(self, certificate: bytes | None) -> None:
+        """Hold the certificate at the other end to the pin.
+
+        Raises:
+            Unbound: it has another key.
+        """
+        got = spki_of(certificate)
+        if not hmac.compare_digest(got, self.spki_sha256):
+            raise Unbound(
+                f"TLS key: expected {self.spki_sha256.hex()}, the one that was verified, "
+                f"got {got.hex()}: somebody stands between"
+            )
+
+
+class _PinnedObject(ssl.SSLObject):
+    """What asynchronous streams use."""
+
+    def do_handshake(self) -> None:
+        super().do_handshake()
+        assert isinstance(self.context, PinnedContext)
+        self.context.check(self.getpeercert(binary_form=True))
+
+
+class _PinnedSocket(ssl.SSLSocket):
+    """What synchronous clients use."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        assert isinstance(self.context, PinnedContext)
+        self.context.check(self.getpeercert(binary_form=True))
+
+
+def pinned_client(url: str, spki_sha256: bytes, *, read_s: float) -> httpx2.AsyncClient:
+    """A client every connection of which ends at the key that was verified, or sends nothing.
+
+    Requests raise `Unbound` where it ends at another.
+    """
+    return httpx2.AsyncClient(
+        base_url=url,
+        verify=PinnedContext.to(spki_sha256),
+        timeout=httpx2.Timeout(read_s, connect=CONNECT_S),
+        trust_env=False,
+        follow_redirects=False,
+        # Content is hashed as it was written.
+        headers={"User-Agent": f"dcv/{__version__}", "Accept-Encoding": "identity"},
+    )
+
+
 def _spki_sha256(response: httpx2.Response) -> bytes:
     stream = response.extensions["network_stream"]
     tls = stream.get_extra_info("ssl_object")
-    certificate = None if tls is None else tls.getpeercert(binary_form=True)
+    return spki_of(None if tls is None else tls.getpeercert(binary_form=True))
+
+
+def spki_of(certificate: bytes | None) -> bytes:
+    """SHA-256 of the SubjectPublicKeyInfo in a DER certificate.
+
+    Raises:
+        VerificationIncomplete: there is none, or it does not parse.
+    """
     if not certificate:
         raise VerificationIncomplete("expected a TLS certificate, the server showed none")
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 import trio
 from rich.console import Console
 
-from appliance.errors import ApplianceError, VerificationIncomplete
+from appliance.errors import ApplianceError, Malformed, VerificationIncomplete
 from appliance.rats.result import AttestationResult
 from appliance.verifier.bundle import MAX_BUNDLE_BYTES, Bundle, parse_bundle
 from appliance.verifier.check import Rules, check, fetch, load_rules
@@ -23,6 +23,14 @@ from appliance.verifier.verdict import Outcome, of_error, of_result
 from appliance.wire.canonical import JsonObject
 
 NONCE_BYTES = 32
+
+WORD_OF = {
+    "clock": "this machine",
+    "--at": "you",
+    "bundle": "whoever made the bundle",
+    "receipt": "the appliance",
+}
+"""Who says what time it is, by `at.source`: a signature proves nothing about a clock."""
 
 EXIT_STATUS = (
     "Exit status: 0 affirming, 1 contraindicated, 2 could not be checked (bad arguments, files that "
@@ -52,7 +60,7 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verify.add_argument(
         "--at",
         metavar="RFC3339",
-        help="judge as of this time; default: now, of a bundle when it was made, by its own word",
+        help="judge as of this time; default: now; of a bundle when the answer in it was served, by the appliance's word, or when it was made, by its maker's",
     )
     verify.add_argument("--json", action="store_true", help="the outcome as JSON")
     verify.set_defaults(command=verify_command)
@@ -80,19 +88,37 @@ def _verify(arguments: argparse.Namespace) -> Outcome:
         bundle = trio.run(partial(fetch, arguments.what, nonce, now=now))
         at, source = given_at or now, "clock" if given_at is None else "--at"
     else:
-        bundle = parse_bundle(_read(Path(arguments.what)))
-        made = datetime.datetime.fromtimestamp(bundle.fetched_at, tz=datetime.UTC)
-        at, source = given_at or made, "bundle" if given_at is None else "--at"
+        bundle = parse_bundle(read_bundle_file(Path(arguments.what)))
+        at, source = given_at or time_of(bundle), "--at" if given_at else source_of(bundle)
     if arguments.save is not None:
-        _save(arguments.save, bundle)
+        save(arguments.save, bundle)
     return outcome_of(bundle, rules, at=at, source=source)
+
+
+def time_of(bundle: Bundle) -> datetime.datetime:
+    """As of when a bundle is judged where nobody says otherwise.
+
+    Raises:
+        Malformed: it names a time that no calendar has.
+    """
+    exchange = bundle.exchange
+    seconds = bundle.fetched_at if exchange is None else exchange.receipt.served_at
+    try:
+        return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
+    except (OverflowError, ValueError, OSError):
+        raise Malformed("bundle: expected a time before the year 10000") from None
+
+
+def source_of(bundle: Bundle) -> str:
+    """Where `time_of` has it from."""
+    return "bundle" if bundle.exchange is None else "receipt"
 
 
 def outcome_of(bundle: Bundle, rules: Rules, *, at: datetime.datetime, source: str) -> Outcome:
     """Check a bundle, and say as of when and by whose clock.
 
     Args:
-        source: `clock`, `--at`, or `bundle` where the time is the word of whoever made the file.
+        source: one of `WORD_OF`.
 
     Raises:
         Malformed, Unauthentic, Revoked, Stale, Unbound: it does not hold.
@@ -101,26 +127,38 @@ def outcome_of(bundle: Bundle, rules: Rules, *, at: datetime.datetime, source: s
     told: JsonObject = {
         "scheme": "appliance",
         "url": bundle.url,
-        "at": {"time": f"{at:%Y-%m-%dT%H:%M:%SZ}", "source": source},
+        "at": {
+            "time": f"{at:%Y-%m-%dT%H:%M:%SZ}",
+            "source": source,
+            "word_of": WORD_OF[source],
+        },
     }
     return of_result(
         AttestationResult(result.verdict, told | result.claims, result.findings, result.submods)
     )
 
 
-def _read(path: Path) -> bytes:
+def read_bundle_file(path: Path) -> bytes:
+    """A file's bytes; one that is too large for a bundle is cut where its parser will see it.
+
+    Raises:
+        VerificationIncomplete: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BUNDLE_BYTES + 1)
+            return file.read(MAX_BUNDLE_BYTES + 1)
     except OSError as error:
         raise VerificationIncomplete(
             f"expected an https URL or a bundle's file; cannot read {path}: {error.strerror}"
         ) from error
-    return data
 
 
-def _save(path: Path, bundle: Bundle) -> None:
-    """Before it is checked: a bundle that does not hold is what one wants to keep."""
+def save(path: Path, bundle: Bundle) -> None:
+    """Before it is checked: a bundle that does not hold is what one wants to keep.
+
+    Raises:
+        VerificationIncomplete: it cannot be written.
+    """
     try:
         path.write_bytes(bundle.to_bytes())
     except OSError as error:

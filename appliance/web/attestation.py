@@ -46,8 +46,6 @@ from appliance.wire.openai import convert
 from appliance.wire.report import ACI_VERSION, MAX_GPUS
 
 NONCE_BYTES = 32
-GENERATE_NESTING = 2
-VERIFY_NESTING = 6
 
 PREFIXES = ("/v1/dcv/attestation", "/~sev_gpu@1.0")
 """Ours, and that of the original device."""
@@ -133,6 +131,7 @@ class PeerRate:
 
 def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> None:
     """Reports, the GPU attestation device, and what tells clients where they are."""
+    max_nesting = services.config.limits.max_nesting
     deadline_s = 4 * services.config.attestation.collect_s
 
     async def report() -> Response:
@@ -159,7 +158,7 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
 
     async def generated() -> Response:
         services.authenticator.authenticate(request.headers.get("Authorization"))
-        wanted = convert(await read_object(max_nesting=GENERATE_NESTING), GenerateRequest)
+        wanted = convert(await read_object(max_nesting=max_nesting), GenerateRequest)
         _count(services)
         nonce = bytes.fromhex(wanted.nonce)
         join = partial(services.epochs.join, "generate", generate_commitment(nonce))
@@ -168,7 +167,7 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
 
     async def verified() -> Response:
         services.authenticator.authenticate(request.headers.get("Authorization"))
-        document = await read_object(max_nesting=VERIFY_NESTING)
+        document = await read_object(max_nesting=max_nesting)
         convert(document, VerifyRequest)
         presented = parse_presented(document)
         _count(services)

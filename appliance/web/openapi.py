@@ -319,7 +319,8 @@ _DIGEST: JsonObject = {
     "schema": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
 }  # fmt: skip
 _RECEIPT_ID: JsonObject = {
-    "name": "receipt_id", "in": "path", "required": True, "schema": {"type": "string"},
+    "name": "receipt_id", "in": "path", "required": True,
+    "schema": {"type": "string", "pattern": "^((chatcmpl|cmpl)-)?[0-9a-f]{32}$"},
     "description": "From `X-Receipt-Id`, or the answer's `id`.",
 }  # fmt: skip
 _GENERATED = _object(

@@ -374,7 +374,7 @@ async def test_a_stalled_reader_does_not_keep_the_appliance_from_stopping(
         os.kill(os.getpid(), signal.SIGTERM)
     with trio.fail_after(PATIENCE_S):
         await appliance.ended.wait()
-    assert trio.current_time() - began < 8
+    assert trio.current_time() - began < 12
     hold.set()
 
 
@@ -472,7 +472,7 @@ def client_hello(appliance: RunningAppliance) -> bytes:
 
 async def test_whoever_takes_too_long_is_closed(nursery: trio.Nursery, tmp_path: Path) -> None:
     appliance = await start(
-        nursery, tmp_path, handshake_s=0.5, header_s=0.5, body_s=0.5, idle_s=0.9
+        nursery, tmp_path, handshake_s=1.5, header_s=1.0, body_s=1.0, idle_s=1.8
     )
     hello = client_hello(appliance)
 
@@ -559,7 +559,7 @@ async def test_whoever_takes_too_long_is_closed(nursery: trio.Nursery, tmp_path:
             attacks.start_soon(say_http2, half_block)
             attacks.start_soon(say_http2, half_block, ContinuationFrame(1, data=b"\x84"))
             attacks.start_soon(ping_http2)
-        assert trio.current_time() - began < 8
+        assert trio.current_time() - began < 12
 
 
 async def test_a_client_that_closes_its_half_is_gone(appliance: RunningAppliance) -> None:

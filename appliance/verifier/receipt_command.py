@@ -1,0 +1,126 @@
+"""`dcv receipt verify FILE`: one answer's receipt, offline: step 10, after steps 2 to 9."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from appliance.errors import ApplianceError, Malformed, VerificationIncomplete
+from appliance.rats.exchange import Exchange
+from appliance.verifier.bundle import MAX_CONTENT_BYTES, Bundle, read_bundle
+from appliance.verifier.check import load_rules
+from appliance.verifier.raw_evidence import parse_hex, parse_time
+from appliance.verifier.render import render
+from appliance.verifier.verdict import Outcome, of_error
+from appliance.verifier.verify_command import (
+    EXIT_STATUS,
+    NONCE_BYTES,
+    outcome_of,
+    read_bundle_file,
+    source_of,
+    time_of,
+)
+from appliance.wire.canonical import JsonObject, canonical_json, parse_json_object
+from appliance.wire.epoch import parse_epoch
+from appliance.wire.receipt import MAX_NESTING, parse_receipt
+from appliance.wire.report import read_report
+
+
+def add_receipt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `receipt` and what is below it."""
+    receipt = commands.add_parser("receipt", help="an answer's receipt")
+    verify = receipt.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "verify",
+        help="verify a receipt, offline",
+        description="Verify the report that a receipt's key is bound by, and then the receipt: in a "
+        "bundle, or with the report and what else is at hand given beside it.",
+        epilog=EXIT_STATUS,
+    )
+    verify.add_argument("file", type=Path, metavar="FILE", help="a bundle, or a receipt")
+    for option, text in (
+        ("--report", "of a bare receipt: a report of its keyset, or a bundle that holds one"),
+        ("--epoch", "of a bare receipt: the evidence that it cites"),
+        ("--request", "of a bare receipt: the body that was sent"),
+        ("--response", "of a bare receipt: the content that came"),
+        ("--policy", "TOML, your policy; default: the strict one"),
+        ("--reference", "JSON, reference values of images you accept"),
+    ):
+        verify.add_argument(option, type=Path, metavar="FILE", help=text)
+    verify.add_argument("--nonce", metavar="HEX", help="32 bytes that --report was asked with")
+    verify.add_argument(
+        "--at",
+        metavar="RFC3339",
+        help="judge as of this time; default: when the answer was served, by the appliance's word",
+    )
+    verify.add_argument("--json", action="store_true", help="the outcome as JSON")
+    verify.set_defaults(command=receipt_command)
+
+
+def receipt_command(arguments: argparse.Namespace) -> int:
+    """`dcv receipt verify`: prints the outcome and returns its exit status."""
+    try:
+        outcome = _verify(arguments)
+    except ApplianceError as error:
+        outcome = of_error(error)
+    if arguments.json:
+        sys.stdout.write(json.dumps(outcome.to_json(), indent=2) + "\n")
+    else:
+        render(outcome, Console(highlight=False, markup=False, emoji=False))
+    return outcome.exit_status
+
+
+def _verify(arguments: argparse.Namespace) -> Outcome:
+    given_at = None if arguments.at is None else parse_time(arguments.at, option="--at")
+    rules = load_rules(arguments.policy, arguments.reference)
+    document = _document(arguments.file)
+    bundle = read_bundle(document) if _is_bundle(document) else _assemble(document, arguments)
+    if bundle.exchange is None:
+        raise VerificationIncomplete(f"{arguments.file}: expected a bundle with a receipt in it")
+    at: datetime.datetime = given_at or time_of(bundle)
+    return outcome_of(bundle, rules, at=at, source="--at" if given_at else source_of(bundle))
+
+
+def _assemble(receipt: JsonObject, arguments: argparse.Namespace) -> Bundle:
+    """A bundle of a bare receipt and the files that were given beside it."""
+    if arguments.report is None:
+        raise VerificationIncomplete(
+            "expected a bundle, or --report FILE: a receipt's key is nobody's without a report"
+        )
+    exchange = Exchange(
+        receipt=parse_receipt(canonical_json(receipt)),
+        epochs=() if arguments.epoch is None else (parse_epoch(read_bundle_file(arguments.epoch)),),
+        request=_content(arguments.request, "--request"),
+        response=_content(arguments.response, "--response"),
+    )
+    given = _document(arguments.report)
+    if _is_bundle(given):
+        held = read_bundle(given)
+        return Bundle(
+            held.url, held.fetched_at, held.nonce, held.spki_sha256, held.report, exchange
+        )
+    nonce = None
+    if arguments.nonce is not None:
+        nonce = parse_hex(arguments.nonce, option="--nonce", lengths=(NONCE_BYTES,))
+    return Bundle("", exchange.receipt.served_at, nonce, None, read_report(given), exchange)
+
+
+def _document(path: Path) -> JsonObject:
+    return parse_json_object(read_bundle_file(path), max_nesting=MAX_NESTING + 1)
+
+
+def _is_bundle(document: JsonObject) -> bool:
+    return "type" in document
+
+
+def _content(path: Path | None, option: str) -> bytes | None:
+    if path is None:
+        return None
+    data = read_bundle_file(path)
+    if len(data) > MAX_CONTENT_BYTES:
+        raise Malformed(f"{option}: expected at most {MAX_CONTENT_BYTES} bytes", field=option)
+    return data
