@@ -62,6 +62,16 @@ docs:
 docs-check:
     {{python}} -m pytest -q tests/test_docs.py
 
+# How long verification takes, beside what was asked for
+[group('check')]
+bench-verify: setup
+    {{python}} tests/bench/verification.py
+
+# Fuzz every parser, or those named (needs atheris: tests/fuzz/README.md)
+[group('check')]
+fuzz interpreter="/tmp/fuzz/bin/python" seconds="60" *NAMES:
+    {{interpreter}} tests/fuzz/run.py --seconds {{seconds}} {{NAMES}}
+
 # Everything that decides whether a change lands
 [group('check')]
 ci: setup lint test docs-check
@@ -70,3 +80,28 @@ ci: setup lint test docs-check
 [group('maintain')]
 lock *NAMES:
     python3 image/locks/compile {{NAMES}}
+
+# Write the generated vectors anew: other keys, the same meaning
+[group('maintain')]
+vectors: setup
+    {{python}} tests/vectors/generate.py
+
+# Build an image (needs image/build-packages.txt; `just image test --lock` the first time)
+[group('image')]
+image profile="test" *ARGS: setup
+    python3 image/build.py {{profile}} {{ARGS}}
+
+# Boot the test image in QEMU, with a software TPM, in the foreground
+[group('image')]
+image-boot *ARGS:
+    {{python}} image/boot.py image/out/test/dcv-test.raw {{ARGS}}
+
+# Predict what a machine must show that runs a UKI
+[group('image')]
+image-measure *ARGS:
+    {{python}} -m image.measure {{ARGS}}
+
+# Boot the built test image and look at it from outside (minutes)
+[group('image')]
+image-test:
+    {{python}} -m pytest -q tests/image

@@ -50,7 +50,8 @@ from appliance.rats.model import Anchors
 from appliance.rats.result import AttestationResult
 from appliance.serving.certificates import parse_client_authorities, read_certificates
 from appliance.serving.epochs import Epoch, Epochs
-from appliance.serving.identity import GpuFacts, Identity, ImageFacts, create_identity
+from appliance.serving.identity import GpuFacts, Identity, create_identity
+from appliance.serving.image_facts import ImageFacts, read_image_facts
 from appliance.serving.keys import TlsIdentity, create_signing_key, create_tls_identity
 from appliance.serving.lifecycle import Lifecycle
 from appliance.serving.own_evidence import OwnEvidence
@@ -127,7 +128,6 @@ async def boot(
     config: MeasuredConfig,
     *,
     owner: Owner,
-    image: ImageFacts,
     operator_input_digest: str | None,
     lifecycle: Lifecycle,
     log: Log,
@@ -153,7 +153,9 @@ async def boot(
 
     # 1. Configuration. It was decoded before we were called; this makes what follows from it.
     keys = EngineKeys(api=random(KEY_BYTES).hex(), admin=random(KEY_BYTES).hex())
-    command, anchors = await stage(1, "configuration", QUICK_S, partial(_prepare, config, keys))
+    command, anchors, image = await stage(
+        1, "configuration", QUICK_S, partial(_prepare, config, keys)
+    )
     # 2. Keys, one role each.
     tls, tls_context = await stage(2, "keys", QUICK_S, partial(_tls, config, now))
     receipt_key, checkpoint_key = create_signing_key("receipt"), create_signing_key("checkpoint")
@@ -255,7 +257,9 @@ async def run_stage(
     return result
 
 
-async def _prepare(config: MeasuredConfig, keys: EngineKeys) -> tuple[EngineCommand, Anchors]:
+async def _prepare(
+    config: MeasuredConfig, keys: EngineKeys
+) -> tuple[EngineCommand, Anchors, ImageFacts]:
     command = engine_command(
         config.engine,
         config.model,
@@ -263,7 +267,9 @@ async def _prepare(config: MeasuredConfig, keys: EngineKeys) -> tuple[EngineComm
         keys=keys,
         threads=available_threads(),
     )
-    return command, _anchors(config.attestation)
+    digest_file = config.attestation.image_digest_file
+    image = read_image_facts(Path(digest_file), root=Path("/")) if digest_file else ImageFacts()
+    return command, _anchors(config.attestation), image
 
 
 def _anchors(attestation: Attestation) -> Anchors:

@@ -400,6 +400,8 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
         gpu: what the GPU evidence is. `unsafe_none` runs without.
         gpu_count: GPUs that must be there.
         attester_socket: Unix socket of the collector; empty starts `dcv attester` as a child.
+        image_digest_file: holds `sha256:…` of the UKI that was booted; version, commit and the root's
+            hash are then read from os-release and the kernel's command line. Empty without an image.
         tsm_dir: where configfs-tsm is mounted.
         tpm: `device:PATH` or `swtpm:host=HOST,port=PORT`, as tpm2-tools spell a TCTI.
         tpm_ak_handle, tpm_ak_certificate_index: persistent handle of the attestation key, NV index
@@ -427,6 +429,7 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
     gpu: Literal["nvidia", "simulated", "unsafe_none"] = "nvidia"
     gpu_count: Annotated[int, Meta(ge=1, le=16)] = 1
     attester_socket: str = ""
+    image_digest_file: str = ""
     tsm_dir: str = "/sys/kernel/config/tsm/report"
     tpm: str = "device:/dev/tpmrm0"
     tpm_ak_handle: Annotated[int, Meta(ge=0x81000000, le=0x81FFFFFF)] = 0x81010001
@@ -638,6 +641,7 @@ def _resolve_paths(config: MeasuredConfig, folder: Path) -> MeasuredConfig:
         attestation=replace(
             config.attestation,
             attester_socket=absolute(config.attestation.attester_socket),
+            image_digest_file=absolute(config.attestation.image_digest_file),
             tsm_dir=absolute(config.attestation.tsm_dir),
             tpm_roots_file=absolute(config.attestation.tpm_roots_file),
             endorsements_dir=absolute(config.attestation.endorsements_dir),

@@ -50,7 +50,6 @@ from appliance.serving.auth import Authenticator
 from appliance.serving.certificates import ChainFile
 from appliance.serving.epochs import Epochs
 from appliance.serving.exchanges import ReceiptDesk
-from appliance.serving.identity import ImageFacts
 from appliance.serving.keys import TlsIdentity
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.serving.metrics import Metrics
@@ -195,7 +194,6 @@ class _Appliance:
                 booted = await boot(
                     self.config,
                     owner=self,
-                    image=ImageFacts(),
                     operator_input_digest=self.operator_input_digest,
                     lifecycle=self.lifecycle,
                     log=self.log,

@@ -12,6 +12,7 @@ import msgspec
 
 from appliance import __version__
 from appliance.config import Engine, MeasuredConfig, Model
+from appliance.serving.image_facts import ImageFacts
 from appliance.serving.keys import SigningKey
 from appliance.wire.canonical import JsonObject, JsonValue
 from appliance.wire.encoding import format_sha256
@@ -28,24 +29,6 @@ UNSAFE_ENGINE_NAME = "unsafe_command"
 
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What the image says about itself; None where there is no image, as in development.
-
-    Attributes:
-        version, commit: from the measured os-release.
-        roothash: of the dm-verity root, lowercase hex, from the kernel's command line.
-        uki_digest: `sha256:…` of the UKI.
-        repo_url: where the source is.
-    """
-
-    version: str | None = None
-    commit: str | None = None
-    roothash: str | None = None
-    uki_digest: str | None = None
-    repo_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ async def test_a_key_is_read_from_a_file_and_a_refusal_is_told(
 async def test_an_answer_that_breaks_off_is_told_and_its_receipt_says_so(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
-    appliance = await start_appliance(nursery, tmp_path, modes=("drop_midstream",))
+    appliance = await start_appliance(nursery, tmp_path, modes=("error_event",))
     done = await chat(appliance.url, tmp_path, PROMPT)
     assert done.status == 3, done.err
     assert "warning: engine_failed" in done.err

@@ -1,0 +1,683 @@
+"""Build the appliance image: `python3 image/build.py PROFILE [--output azure|gcp|metal]`.
+
+    1. tools    Debian trixie's mkosi, ukify, repart and veritysetup, in a folder of the cache
+    2. stage    the appliance as a wheel with its locked environment, units, configuration
+    3. initrd   busybox, veritysetup and one script
+    4. mkosi    packages, erofs root under dm-verity, UKI, disk
+    5. values   what the image will measure, as reference-values.json beside it
+
+Results lie in image/out/PROFILE. Nothing here depends on the machine's distribution but Python
+3.11, pip and image/build-packages.txt; mirrors are those of the machine's own apt configuration.
+The commit's time is the time of every file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import hashlib
+import json
+import os
+import py_compile
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+IMAGE: Final = ROOT / "image"
+PROFILES: Final = ("gpu", "cpu", "test")
+OUTPUTS: Final = ("metal", "azure", "gcp")
+
+PYTHON: Final = "/usr/bin/python3.11"
+"""In the image. The environments' scripts name it."""
+
+INITRD_PROGRAMS: Final = ("usr/sbin/veritysetup", "usr/sbin/blkid", "usr/bin/kmod")
+INITRD_APPLETS: Final = (
+    *("cat", "cut", "echo", "false", "grep", "mount", "sed", "sh", "sleep", "switch_root", "tr"),
+)
+
+EX_CONFIG: Final = 78
+
+
+class BuildError(Exception):
+    """What is missing or wrong, in one line for whoever builds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One build of one commit."""
+
+    profile: str
+    output: str
+    commit: str
+    version: str
+    epoch: int
+    work: Path
+    cache: Path
+
+    @property
+    def tools(self) -> Path:
+        """The tools tree, named by what is in it."""
+        names = (IMAGE / "tools-packages.txt").read_bytes()
+        return self.cache / f"tools-{hashlib.sha256(names).hexdigest()[:16]}"
+
+    @property
+    def stage(self) -> Path:
+        """What goes into the root besides packages."""
+        return self.work / "stage"
+
+    @property
+    def initrd(self) -> Path:
+        """Without kernel modules, which mkosi appends."""
+        return self.work / "initrd.cpio.zst"
+
+    @property
+    def lock(self) -> Path:
+        """The profile's Debian packages: name, version, architecture, SHA-256."""
+        return IMAGE / f"packages/{self.profile}.txt"
+
+    @property
+    def archives(self) -> Path:
+        """Package files, as apt names them; shared by all profiles."""
+        return self.cache / "packages/cache/apt/archives"
+
+    @property
+    def out(self) -> Path:
+        """Results."""
+        return IMAGE / "out" / self.profile
+
+
+def main() -> int:
+    """Returns the exit status: 0 built, 1 something failed and one line says what."""
+    parser = argparse.ArgumentParser(prog="image/build.py", description=__doc__)
+    parser.add_argument("profile", choices=PROFILES)
+    parser.add_argument("--output", choices=OUTPUTS, default="metal")
+    parser.add_argument("--nvidia-driver", type=Path, help="the operator's driver file (gpu)")
+    parser.add_argument("--work", type=Path, help="scratch; default: below the cache")
+    parser.add_argument(
+        "--lock",
+        action="store_true",
+        help="take what the mirrors have now, and write the lock anew",
+    )
+    parser.add_argument("--only", choices=("tools", "stage", "initrd"), help="stop after this step")
+    arguments = parser.parse_args()
+    try:
+        build = plan(arguments.profile, arguments.output, arguments.work)
+        make_tools(build)
+        if arguments.only == "tools":
+            return 0
+        make_stage(build, driver=arguments.nvidia_driver)
+        if arguments.only == "stage":
+            return 0
+        make_initrd(build)
+        if arguments.only == "initrd":
+            return 0
+        make_image(build, from_mirrors=arguments.lock)
+        if arguments.lock:
+            write_lock(build)
+        make_output(build)
+    except BuildError as error:
+        print(f"image: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def plan(profile: str, output: str, work: Path | None) -> Build:
+    """What is built, from the checkout: version, commit and time."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    commit = _said("git", "-C", ROOT, "rev-parse", "HEAD")
+    if _said("git", "-C", ROOT, "status", "--porcelain"):
+        commit += "+changes"  # never mistaken for the commit
+    epoch = int(_said("git", "-C", ROOT, "log", "-1", "--format=%ct"))
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = (configured if configured.is_absolute() else Path.home() / ".cache") / "dcv" / "image"
+    return Build(
+        profile, output, commit, project["version"], epoch, work or cache / "work" / profile, cache
+    )
+
+
+# 1. Tools.
+
+
+def make_tools(build: Build) -> None:
+    """The tools tree, once per list of packages."""
+    if (build.tools / "usr/bin/mkosi").exists():
+        return
+    sources = "".join(source.line for source in debian_sources("trixie"))
+    partial = build.tools.with_suffix(".partial")
+    _remove(partial)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    excluded = ("doc", "man", "locale", "info")
+    _run(
+        *("mmdebstrap", "--variant=apt", "--mode=auto", "--skip=output/dev", "--format=directory"),
+        *(f"--dpkgopt=path-exclude=/usr/share/{one}/*" for one in excluded),
+        *(f"--aptopt={option}" for option in apt_options()),
+        *('--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"'),
+        f"--include={','.join(package_list(IMAGE / 'tools-packages.txt'))}",
+        *("trixie", partial, "-"),
+        stdin=sources,
+    )
+    partial.rename(build.tools)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One suite of a Debian mirror."""
+
+    uri: str
+    suite: str
+
+    @property
+    def line(self) -> str:
+        """As in sources.list(5)."""
+        return f"deb [signed-by={KEYRING}] {self.uri} {self.suite} main\n"
+
+    @property
+    def stanza(self) -> str:
+        """The same in deb822 form."""
+        return (
+            f"Types: deb\nURIs: {self.uri}\nSuites: {self.suite}\nComponents: main\n"
+            f"Signed-By: {KEYRING}\n\n"
+        )
+
+
+KEYRING: Final = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+
+def debian_sources(suite: str) -> list[Source]:
+    """`suite` with its updates, from the mirrors that this machine's apt uses for its own release.
+
+    DCV_DEBIAN_MIRROR and DCV_DEBIAN_SECURITY_MIRROR name others.
+
+    Raises:
+        BuildError: there is none.
+    """
+    own = tomllib.loads(
+        re.sub(r"^(\w+)=([^\"\n]*)$", r'\1="\2"', _read("/etc/os-release"), flags=re.MULTILINE)
+    ).get("VERSION_CODENAME", "")
+    listed = _said(
+        *("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)"),
+        "Created-By: Packages",
+    )
+    found = {tuple(line.split()[1:]): line.split()[0] for line in listed.splitlines()}
+    base = os.environ.get("DCV_DEBIAN_MIRROR") or found.get((own, "main"))
+    security = os.environ.get("DCV_DEBIAN_SECURITY_MIRROR") or found.get(
+        (f"{own}-security", "main")
+    )
+    if not base:
+        raise BuildError(
+            "no Debian mirror in this machine's apt configuration; set DCV_DEBIAN_MIRROR"
+        )
+    sources = [Source(base.rstrip("/"), suite), Source(base.rstrip("/"), f"{suite}-updates")]
+    if security:
+        sources.append(Source(security.rstrip("/"), f"{suite}-security"))
+    return sources
+
+
+def apt_options() -> list[str]:
+    """What this machine's apt needs to reach its mirrors: proxies, and whether dates are checked."""
+    wanted = re.compile(r"Acquire::(https?|Check-)")
+    lines = _said("apt-config", "dump").splitlines()
+    return [line.removesuffix(";") for line in lines if wanted.match(line) and '""' not in line]
+
+
+def package_list(path: Path) -> list[str]:
+    """Names, one a line; `#` begins a comment."""
+    lines = (line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+# 2. Stage.
+
+
+def make_stage(build: Build, *, driver: Path | None) -> None:
+    """Everything of ours that goes into the root, with fixed modes and times."""
+    _remove(build.stage)
+    build.stage.mkdir(parents=True)
+    make_environment(build)
+    install_units(build)
+    install_files(build)
+    if build.profile == "test":
+        install_stand_in(build)
+    elif build.profile == "gpu":
+        check_driver(driver)
+    refuse_simulated(build.stage)
+    for path in sorted(build.stage.rglob("*")):
+        if not path.is_symlink():
+            executable = path.is_dir() or path.stat().st_mode & stat.S_IXUSR
+            path.chmod(0o755 if executable else 0o644)
+        os.utime(path, (build.epoch, build.epoch), follow_symlinks=False)
+
+
+def make_environment(build: Build) -> None:
+    """`/opt/dcv/appliance`: the lock's wheels, then ours; compiled, because the root is read-only."""
+    home = build.stage / "opt/dcv/appliance"
+    packages = home / "lib/python3.11/site-packages"
+    packages.mkdir(parents=True)
+    wheels = build.work / "wheels"
+    _remove(wheels)
+    # The checkout's own environment has the build backend that the development lock pins.
+    _run(
+        *(ROOT / ".venv/bin/python", "-m", "hatchling", "build", "-t", "wheel", "-d", wheels),
+        cwd=ROOT,
+        env={"SOURCE_DATE_EPOCH": str(build.epoch)},
+    )
+    (wheel,) = wheels.glob("*.whl")
+    pip = (ROOT / ".venv/bin/python", "-m", "pip", "--disable-pip-version-check", "install")
+    flags = ("--quiet", "--no-deps", "--no-compile", "--target", packages)
+    _run(
+        *pip,
+        *flags,
+        "--require-hashes",
+        "--only-binary",
+        ":all:",
+        "-r",
+        IMAGE / "locks/appliance.txt",
+    )
+    _run(*pip, *flags, "--no-index", wheel)
+    for bundled in (packages / "bin", packages / "tests"):
+        _remove(bundled)
+    for record in packages.glob("*.dist-info"):
+        for name in ("direct_url.json", "RECORD", "REQUESTED", "INSTALLER"):
+            (record / name).unlink(missing_ok=True)  # where it came from is not part of it
+    remove_simulated(packages)
+    (home / "pyvenv.cfg").write_text(
+        "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n", encoding="utf-8"
+    )
+    (home / "bin").mkdir()
+    (home / "bin/python").symlink_to(PYTHON)
+    script = home / "bin/dcv"
+    script.write_text(
+        "#!/opt/dcv/appliance/bin/python -IB\n"
+        "import sys\n\nfrom appliance.cli import main\n\nsys.exit(main())\n",
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+    compileall.compile_dir(
+        packages,
+        quiet=1,
+        stripdir=str(build.stage),
+        prependdir="/",
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+    )
+
+
+def remove_simulated(packages: Path) -> None:
+    """No simulated evidence in an image: neither its code nor its keys nor its roots."""
+    for path in sorted((packages / "appliance").rglob("*simulated*")):
+        _remove(path)
+
+
+def refuse_simulated(stage: Path) -> None:
+    """Raises BuildError for a file of that name, wherever it came from."""
+    left = [path for path in stage.rglob("*") if "simulated" in path.name.lower()]
+    if left:
+        raise BuildError(f"a simulated file would be in the image: {left[0].relative_to(stage)}")
+
+
+def install_units(build: Build) -> None:
+    """The folder systemd/, each file where systemd looks for its kind."""
+    usr_lib = build.stage / "usr/lib"
+    for path in sorted((ROOT / "systemd").iterdir()):
+        if path.name not in ("README.md", "profiles"):
+            _copy(path, usr_lib / UNIT_PLACES.get(path.name, f"systemd/system/{path.name}"))
+    for name in (build.profile, build.output):
+        folder = ROOT / "systemd/profiles" / name
+        if folder.is_dir():
+            _copy(folder, usr_lib / "systemd/system")
+
+
+UNIT_PLACES: Final = {
+    "dcv.preset": "systemd/system-preset/00-dcv.preset",
+    "dcv.rules": "udev/rules.d/90-dcv.rules",
+    "dcv.sysusers.conf": "sysusers.d/dcv.conf",
+    "dcv.tmpfiles.conf": "tmpfiles.d/dcv.conf",
+}
+
+
+def install_files(build: Build) -> None:
+    """Configuration, firewall and os-release of this build."""
+    share = build.stage / "usr/share/dcv"
+    _copy(measured_config(build), share / "dcv.toml")
+    _copy(IMAGE / "mkosi/masked-units", share / "masked-units")
+    _copy(IMAGE / "mkosi/nftables.conf", build.stage / "etc/nftables.conf")
+    (build.stage / "etc/nftables.d").mkdir()
+    (build.stage / "etc/nftables.d/config.nft").write_text(
+        firewall_rules(_read(measured_config(build)), build.output), encoding="utf-8"
+    )
+    _copy(IMAGE / "mkosi/files" / "common", build.stage / "usr/lib/dcv")
+    for name in (build.profile, build.output):
+        folder = IMAGE / "mkosi/files" / name
+        if folder.is_dir():
+            _copy(folder, build.stage / "usr/lib/dcv")
+    release = {
+        "ID": "dcv",
+        "ID_LIKE": "debian",
+        "NAME": "DCV",
+        "PRETTY_NAME": f"DCV {build.version} ({build.profile})",
+        "VERSION_ID": build.version,
+        "BUILD_ID": build.commit,
+        "VARIANT_ID": build.profile,
+        "IMAGE_ID": "dcv",
+        "IMAGE_VERSION": build.version,
+    }
+    text = "".join(f'{key}="{value}"\n' for key, value in release.items())
+    (build.stage / "usr/lib/os-release").write_text(text, encoding="utf-8")
+
+
+def measured_config(build: Build) -> Path:
+    """The configuration file that becomes part of the image."""
+    match build.profile, build.output:
+        case "test", _:
+            return IMAGE / "mkosi/test.toml"
+        case "cpu", _:
+            return IMAGE / "config/cpu.toml"
+        case _, "metal":
+            return IMAGE / "config/metal-snp.toml"
+        case _, output:
+            return IMAGE / f"config/{output}.toml"
+
+
+def firewall_rules(config: str, output: str) -> str:
+    """What the gateway and the collector may reach beyond the base rules, from the measured file.
+
+    Vendors' services move between addresses, so HTTPS is open by user, not by address; which names
+    are asked is measured, and what they answer is signed. The clouds' own addresses are fixed.
+    """
+    attestation = tomllib.loads(config)["attestation"]
+    rules = ["# From the measured configuration, by image/build.py."]
+    if attestation.get("endorsements", "online") == "online":
+        rules.append('meta skuid "dcv" tcp dport 443 accept')
+    if attestation["cpu"] == "azure_vtpm":
+        rules.append('meta skuid "root" ip daddr 169.254.169.254 tcp dport 80 accept')
+    if output == "azure":
+        rules.append("ip daddr 168.63.129.16 tcp dport 80 accept")
+    return "\n".join(rules) + "\n"
+
+
+def install_stand_in(build: Build) -> None:
+    """The tests' engine, a model that is one file, and the root that vouches for the test's TPM."""
+    lib = build.stage / "usr/lib/dcv/stand-in/tests"
+    (lib / "fakes").mkdir(parents=True)
+    (lib / "__init__.py").touch()
+    (lib / "fakes/__init__.py").touch()
+    for name in ("engine", "dialect", "model", "modes", "request"):
+        _copy(ROOT / f"tests/fakes/sglang_{name}.py", lib / f"fakes/sglang_{name}.py")
+    model = build.stage / "usr/share/dcv/model"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}", encoding="utf-8")
+    _copy(IMAGE / "mkosi/test-tpm-root.pem", build.stage / "usr/share/dcv/tpm-root.pem")
+
+
+def check_driver(driver: Path | None) -> None:
+    """The operator's NVIDIA driver is the one that image/locks/nvidia-driver.toml names.
+
+    Raises:
+        BuildError: it is not there, not named, or another file.
+    """
+    lock = IMAGE / "locks/nvidia-driver.toml"
+    if not lock.exists():
+        raise BuildError("the gpu profile needs image/locks/nvidia-driver.toml (image/README.md)")
+    expected = tomllib.loads(lock.read_text(encoding="utf-8"))["sha256"]
+    if driver is None or not driver.is_file():
+        raise BuildError("the gpu profile needs --nvidia-driver FILE (image/README.md)")
+    if (got := _sha256(driver)) != expected:
+        raise BuildError(f"--nvidia-driver: expected SHA-256 {expected}, got {got}")
+
+
+# 3. Initrd.
+
+
+def make_initrd(build: Build) -> None:
+    """busybox, veritysetup, blkid and modprobe with their libraries, and image/initrd/init."""
+    tree = build.work / "initrd"
+    _remove(tree)
+    for name in ("bin", "dev", "proc", "sys", "run", "newroot", "tmp"):
+        (tree / name).mkdir(parents=True)
+    libraries = tree / "usr/lib/x86_64-linux-gnu"
+    libraries.mkdir(parents=True)
+    for link, target in (
+        ("lib", "usr/lib"),
+        ("lib64", "usr/lib/x86_64-linux-gnu"),
+        ("sbin", "bin"),
+    ):
+        (tree / link).symlink_to(target)
+    tools = build.tools
+    for program in INITRD_PROGRAMS:
+        shutil.copy(tools / program, tree / "bin" / Path(program).name)
+    for library in needed_libraries(tools, INITRD_PROGRAMS):
+        shutil.copy(library, libraries / library.name)
+    (tree / "bin/modprobe").symlink_to("kmod")
+    shutil.copy(tools / "usr/bin/busybox", tree / "bin/busybox")
+    for applet in INITRD_APPLETS:
+        (tree / "bin" / applet).symlink_to("busybox")
+    shutil.copy(IMAGE / "initrd/init", tree / "init")
+    for path in (tree, *tree.rglob("*")):
+        os.utime(path, (build.epoch, build.epoch), follow_symlinks=False)
+    names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
+    archive = subprocess.run(
+        ["cpio", "--quiet", "-o", "-H", "newc", "--reproducible", "--owner", "0:0"],
+        input="\n".join(names).encode(),
+        cwd=tree,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    packed = subprocess.run(
+        ["zstd", "-q", "-19"], input=archive, stdout=subprocess.PIPE, check=True
+    )
+    build.initrd.write_bytes(packed.stdout)
+
+
+def needed_libraries(tools: Path, programs: Sequence[str]) -> list[Path]:
+    """Shared libraries of programs of the tools tree, as its own loader finds them."""
+    loader = tools / "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
+    folder = loader.parent
+    found = {loader}
+    for program in programs:
+        listed = _said(loader, "--library-path", folder, "--list", tools / program)
+        for line in listed.splitlines():
+            if (match := re.search(r"=> (\S+) \(", line)) and "vdso" not in line:
+                found.add(folder / Path(match[1]).name)
+    return sorted(found)
+
+
+# 4. mkosi.
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """One line of a lock."""
+
+    name: str
+    version: str
+    architecture: str
+    sha256: str
+
+    @property
+    def file_name(self) -> str:
+        """In apt's cache, where an epoch's colon is escaped."""
+        return f"{self.name}_{self.version.replace(':', '%3a')}_{self.architecture}.deb"
+
+
+def locked_packages(build: Build) -> list[Path]:
+    """The files that the lock names, each held to its hash.
+
+    Raises:
+        BuildError: there is no lock, or a file is not in the cache, or it is another one.
+    """
+    if not build.lock.exists():
+        raise BuildError(
+            f"image/packages/{build.lock.name} is missing: `--lock` makes it from the mirrors"
+        )
+    files = []
+    for line in package_list(build.lock):
+        package = Package(*line.split())
+        path = build.archives / package.file_name
+        if not path.exists():
+            raise BuildError(
+                f"package {package.name} {package.version} is not in the cache ({path}): put the "
+                "file there, or take what the mirrors have now with `--lock`"
+            )
+        if (got := _sha256(path)) != package.sha256:
+            raise BuildError(f"{path}: expected SHA-256 {package.sha256}, got {got}")
+        files.append(path)
+    return files
+
+
+def write_lock(build: Build) -> None:
+    """What is in the image that was just built, from its manifest."""
+    manifest = json.loads(_read(build.out / f"dcv-{build.profile}.manifest"))
+    lines = [
+        f"# Debian packages of the {build.profile} profile, made by `image/build.py --lock`: name,",
+        "# version, architecture, SHA-256. A build takes these files and no others.",
+    ]
+    for item in sorted(manifest["packages"], key=lambda item: str(item["name"])):
+        package = Package(item["name"], item["version"], item["architecture"], "")
+        digest = _sha256(build.archives / package.file_name)
+        lines.append(f"{package.name} {package.version} {package.architecture} {digest}")
+    build.lock.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_image(build: Build, *, from_mirrors: bool) -> None:
+    """Run trixie's mkosi on this machine's Python, on the locked packages or on the mirrors'."""
+    sandbox = build.work / "sandbox"
+    _remove(sandbox)
+    apt = sandbox / "etc/apt"
+    for name in ("sources.list.d", "apt.conf.d", "preferences.d"):
+        (apt / name).mkdir(parents=True)
+    # mkosi leaves its own list of mirrors out when this file is there.
+    debs = build.work / "debs"
+    _remove(debs)
+    debs.mkdir(parents=True)
+    sources: list[Source] = []
+    if from_mirrors:
+        sources = debian_sources("trixie") + debian_sources("bookworm")
+    else:
+        for path in locked_packages(build):
+            shutil.copy(path, debs)
+    (apt / "sources.list.d/mkosi.sources").write_text("".join(one.stanza for one in sources))
+    (apt / "apt.conf.d/99host").write_text("".join(f"{option};\n" for option in apt_options()))
+    # Debian 12 is for its python3.11 only: what trixie has comes from trixie.
+    (apt / "preferences.d/10-dcv").write_text(
+        "Package: *\nPin: release n=bookworm*\nPin-Priority: 100\n"
+    )
+    for path in (build.out, build.cache / "packages", build.work / "mkosi"):
+        path.mkdir(parents=True, exist_ok=True)
+    for old in build.out.iterdir():
+        _remove(old)
+    _run(
+        *(sys.executable, "-m", "mkosi", "--force", "--directory", IMAGE / "mkosi"),
+        *("--tools-tree", build.tools, "--sandbox-tree", sandbox),
+        *("--profile", build.profile, "--image-version", build.version),
+        *("--source-date-epoch", str(build.epoch)),
+        *("--initrd", build.initrd, "--extra-tree", build.stage),
+        *("--output", f"dcv-{build.profile}", "--output-directory", build.out),
+        *("--package-directory", debs),
+        *("--package-cache-directory", build.cache / "packages"),
+        *("--workspace-directory", build.work / "mkosi", "build"),
+        env={"PYTHONPATH": str(build.tools / "usr/lib/python3/dist-packages")},
+    )
+
+
+# 5. What it will measure, and the forms in which it is handed over.
+
+
+def make_output(build: Build) -> None:
+    """The cloud's form of the disk, and the reference values."""
+    disk = build.out / f"dcv-{build.profile}.raw"
+    _run(
+        *(ROOT / ".venv/bin/python", "-m", "image.measure", build.out / f"dcv-{build.profile}.efi"),
+        *("--version", build.version, "--commit", build.commit, "--profile", build.profile),
+        *("--out", build.out / "reference-values.json"),
+        cwd=ROOT,
+    )
+    if build.output == "azure":  # a fixed VHD; Azure wants whole MiB
+        size = -(-disk.stat().st_size // (1 << 20)) << 20
+        os.truncate(disk, size)
+        options = "subformat=fixed,force_size"
+        _run(
+            "qemu-img",
+            "convert",
+            "-f",
+            "raw",
+            "-O",
+            "vpc",
+            "-o",
+            options,
+            disk,
+            disk.with_suffix(".vhd"),
+        )
+    elif build.output == "gcp":  # the name and the form are Google's
+        _run(
+            *("tar", "--format=oldgnu", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"),
+            *(f"--mtime=@{build.epoch}", "--transform=s/.*/disk.raw/", "-Sczf"),
+            *(disk.with_suffix(".tar.gz"), "-C", disk.parent, disk.name),
+        )
+
+
+# Helpers.
+
+
+def _run(
+    *command: str | Path,
+    stdin: str | None = None,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> None:
+    done = subprocess.run(
+        [str(one) for one in command],
+        input=stdin,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+    if done.returncode:
+        raise BuildError(f"{Path(command[0]).name} ended with {done.returncode}")
+
+
+def _said(*command: str | Path) -> str:
+    try:
+        done = subprocess.run(
+            [str(one) for one in command], stdout=subprocess.PIPE, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{Path(command[0]).name}: {error}") from error
+    return done.stdout.strip()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: str | Path) -> str:
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    elif source.is_file():
+        shutil.copy(source, target)
+    else:
+        raise BuildError(f"{source.name} is missing")
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

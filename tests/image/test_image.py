@@ -1,0 +1,255 @@
+"""What goes into the image: settings, staged files, firewall. Nothing is built here."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from appliance.config import parse_config
+from appliance.verifier.check import load_rules
+from image import boot, build
+
+ROOT = Path(__file__).parent.parent.parent
+IMAGE = ROOT / "image"
+MKOSI = IMAGE / "mkosi"
+
+TEXTS = sorted(
+    path
+    for folder in (MKOSI, IMAGE / "measure", IMAGE / "initrd", IMAGE / "policies", ROOT / "systemd")
+    for path in folder.rglob("*")
+    if path.is_file() and path.suffix != ".pyc"
+)
+SETTINGS = [MKOSI / "mkosi.conf", *sorted((MKOSI / "mkosi.profiles").iterdir())]
+
+
+def entries(path: Path) -> list[str]:
+    """The words of a settings file, without comments."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return " ".join(lines).split()
+
+
+def test_every_profile_has_its_settings() -> None:
+    assert {path.stem for path in SETTINGS[1:]} == set(build.PROFILES)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_no_mirror_is_named(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for word in ("deb.debian.org", "snapshot.debian.org", "deb http", "URIs:", "Mirror="):
+        assert word not in text
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.name)
+def test_nothing_to_log_in_with_is_installed(path: Path) -> None:
+    for word in ("openssh-server", "sudo", "login", "curl", "wget", "gdb", "python3-pip"):
+        assert word not in entries(path)
+
+
+def test_generators_and_logins_are_removed_and_units_masked() -> None:
+    removed = entries(MKOSI / "mkosi.conf")
+    for path in (
+        "/usr/lib/systemd/system-generators",
+        "/usr/sbin/agetty",
+        "/usr/sbin/sulogin",
+        "/usr/bin/login",
+    ):
+        assert path in removed
+    masked = set(build.package_list(MKOSI / "masked-units"))
+    assert {
+        "getty@.service",
+        "serial-getty@.service",
+        "debug-shell.service",
+        "emergency.service",
+        "rescue.service",
+        # They would extend PCRs that the firmware's log explains.
+        "systemd-pcrphase.service",
+        "systemd-pcrphase-sysinit.service",
+        "systemd-pcrmachine.service",
+    } <= masked
+
+
+@pytest.mark.parametrize("profile", ["cpu", "test"])
+def test_the_kernel_keeps_its_memory_to_itself(profile: str) -> None:
+    words = entries(MKOSI / "mkosi.conf") + entries(MKOSI / f"mkosi.profiles/{profile}.conf")
+    for option in ("lockdown=confidentiality", "module.sig_enforce=1", "panic=-1", "oops=panic"):
+        assert option in words
+
+
+def test_packages_are_listed_once_and_in_order() -> None:
+    for name in ("build-packages.txt", "tools-packages.txt"):
+        packages = build.package_list(IMAGE / name)
+        assert packages == sorted(set(packages)), name
+
+
+def test_no_simulated_file_stays_and_the_rest_works_without_it(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "appliance", tmp_path / "appliance", ignore=ignored)
+    assert list(tmp_path.rglob("*simulated*"))
+    build.remove_simulated(tmp_path)
+    assert not list(tmp_path.rglob("*simulated*"))
+    build.refuse_simulated(tmp_path)
+    modules = "appliance.cli, appliance.attester.main, appliance.attester.registry"
+    code = f"import {modules}, appliance; print(appliance.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(str(tmp_path))
+
+
+def test_a_simulated_file_from_elsewhere_stops_the_build(tmp_path: Path) -> None:
+    (tmp_path / "opt").mkdir()
+    (tmp_path / "opt/Simulated_tpm.pem").touch()
+    with pytest.raises(build.BuildError, match=r"opt/Simulated_tpm\.pem"):
+        build.refuse_simulated(tmp_path)
+
+
+def test_the_test_profiles_configuration_is_one() -> None:
+    config = parse_config((MKOSI / "test.toml").read_text(), folder=Path("/usr/share/dcv"))
+    assert config.attestation.attester_socket == "/run/dcv-attester/attester.sock"
+    assert config.listen.port == boot.GUEST_PORT
+    stand_in = config.engine.unsafe_command[-1].rpartition("/")[2]
+    assert (ROOT / "tests/fakes" / stand_in).is_file()
+
+
+def test_the_test_policy_accepts_the_test_machine_and_trusts_its_root() -> None:
+    rules = load_rules(IMAGE / "policies/test.toml", None)
+    assert rules.policy.tee_types == ("tpm2",)
+    assert rules.policy.gpus == "unsafe_none"
+    root = x509.load_pem_x509_certificate(boot.ROOT_FILE.read_bytes())
+    assert root in rules.anchors.tpm
+
+
+def test_the_published_root_issues_for_the_key_of_a_machine() -> None:
+    key = rsa.generate_private_key(65537, 2048).public_key()
+    certificate = x509.load_der_x509_certificate(boot.certify(key))
+    root = x509.load_pem_x509_certificate(boot.ROOT_FILE.read_bytes())
+    certificate.verify_directly_issued_by(root)
+    assert certificate.public_key() == key
+
+
+CONFIG = '[attestation]\ncpu = "{cpu}"\nendorsements = "{endorsements}"\n'
+
+
+@pytest.mark.parametrize(
+    ("cpu", "endorsements", "output", "expected"),
+    [
+        ("tpm2", "offline", "metal", []),
+        ("sev_snp", "online", "metal", ['meta skuid "dcv" tcp dport 443 accept']),
+        (
+            "azure_vtpm",
+            "online",
+            "azure",
+            [
+                'meta skuid "dcv" tcp dport 443 accept',
+                'meta skuid "root" ip daddr 169.254.169.254 tcp dport 80 accept',
+                "ip daddr 168.63.129.16 tcp dport 80 accept",
+            ],
+        ),
+    ],
+)
+def test_the_firewall_lets_out_what_the_configuration_lists(
+    cpu: str, endorsements: str, output: str, expected: list[str]
+) -> None:
+    rules = build.firewall_rules(CONFIG.format(cpu=cpu, endorsements=endorsements), output)
+    assert rules.splitlines()[1:] == expected
+
+
+def test_the_firewall_lets_in_the_public_port_and_drops_the_rest() -> None:
+    text = (MKOSI / "nftables.conf").read_text()
+    lines = [line.strip() for line in text.splitlines()]
+    dropped = [line for line in lines if line.endswith("policy drop;")]
+    assert [line.split()[3] for line in dropped] == ["input", "forward", "output"]
+    arriving = text[text.index("chain input") : text.index("chain forward")]
+    accepted = [line.strip() for line in arriving.splitlines() if "dport" in line]
+    assert accepted == ["tcp dport 8443 accept", "udp sport 67 udp dport 68 accept"]
+
+
+def test_the_driver_has_to_be_the_one_that_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "locks").mkdir()
+    monkeypatch.setattr(build, "IMAGE", tmp_path)
+    with pytest.raises(build.BuildError, match=r"nvidia-driver\.toml"):
+        build.check_driver(None)
+    (tmp_path / "locks/nvidia-driver.toml").write_text(f'sha256 = "{"0" * 64}"\n')
+    with pytest.raises(build.BuildError, match="--nvidia-driver FILE"):
+        build.check_driver(None)
+    driver = tmp_path / "driver.run"
+    driver.write_bytes(b"driver")
+    with pytest.raises(build.BuildError, match="expected SHA-256 0000"):
+        build.check_driver(driver)
+
+
+def test_every_file_of_a_profile_has_a_place() -> None:
+    for kind in (ROOT / "systemd/profiles", MKOSI / "files"):
+        names = {path.name for path in kind.iterdir() if path.is_dir()}
+        assert names <= {*build.PROFILES, *build.OUTPUTS, "common"}
+
+
+def test_the_initrd_names_every_program_that_it_calls() -> None:
+    script = (IMAGE / "initrd/init").read_text()
+    known = {*build.INITRD_APPLETS, "modprobe", "veritysetup", "blkid"}
+    for word in ("mount", "modprobe", "blkid", "veritysetup", "switch_root", "sed", "tr", "cut"):
+        assert word in script
+        assert word in known
+
+
+def test_os_release_says_version_and_commit(tmp_path: Path) -> None:
+    one = build.Build("test", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path)
+    build.install_files(one)
+    text = (one.stage / "usr/lib/os-release").read_text()
+    release = tomllib.loads(text)
+    assert (release["VERSION_ID"], release["BUILD_ID"]) == ("0.1.0", "abc")
+    assert (release["ID"], release["VARIANT_ID"]) == ("dcv", "test")
+
+
+def a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Build:
+    (tmp_path / "packages").mkdir()
+    monkeypatch.setattr(build, "IMAGE", tmp_path)
+    one = build.Build("test", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path)
+    one.archives.mkdir(parents=True)
+    return one
+
+
+def test_a_build_without_a_lock_says_how_to_make_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(build.BuildError, match=r"packages/test\.txt is missing: `--lock`"):
+        build.locked_packages(a_build(tmp_path, monkeypatch))
+
+
+def test_a_locked_package_that_is_not_cached_or_another_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = a_build(tmp_path, monkeypatch)
+    digest = hashlib.sha256(b"package").hexdigest()
+    one.lock.write_text(f"# comment\nlibkmod2 1:34.2-2 amd64 {digest}\n")
+    with pytest.raises(build.BuildError, match=r"package libkmod2 1:34\.2-2 is not in the cache"):
+        build.locked_packages(one)
+    file = one.archives / "libkmod2_1%3a34.2-2_amd64.deb"
+    file.write_bytes(b"another")
+    with pytest.raises(build.BuildError, match=f"expected SHA-256 {digest}"):
+        build.locked_packages(one)
+    file.write_bytes(b"package")
+    assert build.locked_packages(one) == [file]
+
+
+def test_every_line_of_a_lock_is_a_package_with_its_hash() -> None:
+    locks = sorted((IMAGE / "packages").iterdir())
+    assert locks
+    for lock in locks:
+        packages = [build.Package(*line.split()) for line in build.package_list(lock)]
+        assert [one.name for one in packages] == sorted({one.name for one in packages})
+        assert all(re.fullmatch("[0-9a-f]{64}", one.sha256) for one in packages)
+        assert {"linux-image-cloud-amd64", "python3.11", "systemd"} <= {
+            one.name for one in packages
+        }
