@@ -266,6 +266,14 @@ class _Chunk(Struct, gc=False):
     choices: list[_Choice] = []
 
 
+class _Problem(Struct):
+    message: str = ""
+
+
+class _ErrorBody(Struct):
+    error: _Problem
+
+
 class _Printer:
     """Prints the text of a stream of events, cut however the network likes."""
 
@@ -307,15 +315,8 @@ def _printable(text: str) -> str:
 
 def _message(content: bytes) -> str:
     """Of an error object, its own words."""
-
-    class Problem(Struct):
-        message: str = ""
-
-    class Body(Struct):
-        error: Problem
-
     try:
-        return _printable(msgspec.json.decode(content, type=Body).error.message)
+        return _printable(msgspec.json.decode(content, type=_ErrorBody).error.message)
     except msgspec.DecodeError:
         return ""
 

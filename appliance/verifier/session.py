@@ -153,7 +153,11 @@ class _PinnedSocket(ssl.SSLSocket):
     def do_handshake(self, block: bool = False) -> None:
         super().do_handshake(block)
         assert isinstance(self.context, PinnedContext)
-        self.context.check(self.getpeercert(binary_form=True))
+        try:
+            self.context.check(self.getpeercert(binary_form=True))
+        except BaseException:
+            self.close()  # nobody above has it yet
+            raise
 
 
 def pinned_client(url: str, spki_sha256: bytes, *, read_s: float) -> httpx2.AsyncClient:

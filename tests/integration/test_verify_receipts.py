@@ -283,7 +283,8 @@ async def test_somebody_who_only_hands_bytes_on_is_none_of_our_business(
 async def test_a_pinned_connection_ends_at_its_key_or_sends_nothing(
     appliance: RunningAppliance,
 ) -> None:
-    pem = ssl.get_server_certificate(("127.0.0.1", appliance.port))
+    where = ("127.0.0.1", appliance.port)
+    pem = await trio.to_thread.run_sync(ssl.get_server_certificate, where)
     spki = spki_of(ssl.PEM_cert_to_DER_cert(pem))
     async with pinned_client(appliance.url, spki, read_s=20) as client:
         assert (await client.get("/health")).status_code == 200
