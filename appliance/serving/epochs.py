@@ -151,6 +151,24 @@ class Epochs:
         assert member.attested is not None
         return member.attested
 
+    def reuse(self, kind: Kind, *, unsafe_max_age_s: float) -> Attested | None:
+        """The last epoch, for somebody whose commitment it does not cover, if it is not older than
+        this; None if it is, or if the keyset has changed. The share says so: it has no leaf."""
+        epoch = self.last
+        if epoch is None or not self.age_s() <= unsafe_max_age_s or self._ended is not None:
+            return None
+        if epoch.keyset_digest != self._keyset_digest():
+            return None
+        inclusion = Inclusion(
+            kind=kind,
+            keyset_digest=epoch.keyset_digest,
+            tree_size=epoch.tree.size,
+            leaf_index=None,
+            path=None,
+            root=epoch.tree.root,
+        )
+        return Attested(epoch, inclusion)
+
     async def run(self) -> None:
         """Form epochs until cancelled, or until the appliance must withdraw."""
         try:

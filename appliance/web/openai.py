@@ -28,7 +28,7 @@ from appliance.errors import (
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import Authenticator, Tenant, cache_salt
-from appliance.serving.epochs import Epochs
+from appliance.serving.epochs import Attested, Epochs
 from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
 from appliance.serving.metrics import (
     CLIENT_DISCONNECTED,
@@ -213,9 +213,7 @@ async def _infer(
     cleanup.callback(exchange.release)
     # 5. Fresh evidence that covers this request, appraised before anything of it is forwarded.
     record.begin()
-    attested = await evidence_or_refusal(
-        services.evidence_s, partial(services.epochs.join, "request", record.commitment)
-    )
+    attested = await _evidence(services, record)
     record.admitted(attested)
     # 6. Forward and relay.
     record.forwarded(wanted.body, plans)
@@ -230,6 +228,18 @@ async def _infer(
         ), False
     except EngineError as error:
         raise exchange.interrupted or error from error
+
+
+async def _evidence(services: InferenceServices, record: ExchangeRecord) -> Attested:
+    """Evidence made for this request; or, where the configuration names it, a recent one that was
+    not, which the receipt then says."""
+    max_age_s = services.config.attestation.unsafe_max_evidence_age_s
+    if max_age_s > 0:
+        earlier = services.epochs.reuse("request", unsafe_max_age_s=max_age_s)
+        if earlier is not None:
+            return earlier
+    join = partial(services.epochs.join, "request", record.commitment)
+    return await evidence_or_refusal(services.evidence_s, join)
 
 
 def _open_record(services: InferenceServices, tenant: Tenant, raw: bytes) -> ExchangeRecord:

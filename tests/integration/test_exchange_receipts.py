@@ -183,6 +183,23 @@ async def test_requests_that_wait_together_share_one_report(
     assert max(sizes) >= 4
 
 
+async def test_earlier_evidence_is_used_only_under_its_name_and_the_receipt_says_so(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    sections: Sections = {"attestation": {"unsafe_max_evidence_age_s": 60.0}}
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
+    digests = set()
+    for _ in range(2):
+        async with appliance.client() as client:
+            response = await client.post(CHAT, content=body())
+        data = (await receipt_of(appliance, response.headers["x-receipt-id"])).content
+        admission = read_events(parse_receipt(data)).admission
+        assert admission is not None
+        assert (admission.inclusion.leaf_index, admission.inclusion.path) == (None, None)
+        digests.add(admission.evidence_digest)
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize(
     ("request_body", "status", "code"),
     [

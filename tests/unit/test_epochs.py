@@ -284,3 +284,26 @@ async def test_its_end_lets_everybody_go(autojump_clock: trio.abc.Clock) -> None
             requests.start_soon(one, number)
             await trio.sleep(0.01)
         owner.cancel_scope.cancel()
+
+
+async def test_an_epoch_is_used_again_while_it_is_recent_and_of_this_keyset(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    keyset = [KEYSET]
+    epochs = make(Device())
+    epochs._keyset_digest = lambda: keyset[0]
+    assert epochs.reuse("request", unsafe_max_age_s=10) is None  # there is none yet
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        first = await epochs.join("request", commitment(0))
+        await trio.sleep(5)
+        again = epochs.reuse("request", unsafe_max_age_s=10)
+        assert again is not None
+        assert again.epoch is first.epoch
+        assert (again.inclusion.leaf_index, again.inclusion.path) == (None, None)
+        keyset[0] = bytes(32)
+        assert epochs.reuse("request", unsafe_max_age_s=10) is None
+        keyset[0] = KEYSET
+        await trio.sleep(6)
+        assert epochs.reuse("request", unsafe_max_age_s=10) is None
+        owner.cancel_scope.cancel()
