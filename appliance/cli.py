@@ -76,8 +76,20 @@ def serve_command(arguments: argparse.Namespace) -> int:
             )
         )
     except Exception:  # noqa: BLE001  # `run` logs every other; what cannot be logged is not printed
-        return EX_SOFTWARE
-    return 0 if ended_by is None else ended_by.exit_status
+        status = EX_SOFTWARE
+    else:
+        status = 0 if ended_by is None else ended_by.exit_status
+    _give_up_unwritten_log()
+    return status
+
+
+def _give_up_unwritten_log() -> None:
+    """What standard error could not take is not tried again at exit: the interpreter would make
+    its failure the exit status (120)."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = None
 
 
 def attester_command(arguments: argparse.Namespace) -> int:
