@@ -45,6 +45,7 @@ from tests.integration.appliance import (
     start_appliance,
 )
 from tests.integration.test_life import slow_chat
+from tests.processes import collectors
 
 NONCE = "ab" * 32
 POLICY = '[policy]\ntee_types = ["unsafe_simulated"]\ngpus = "unsafe_simulated"\n'
@@ -333,7 +334,7 @@ async def test_a_collector_that_dies_withdraws_the_appliance(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
     appliance = await start_appliance(nursery, tmp_path)
-    pids = [pid for pid in children() if "appliance.attester.main" in command_line(pid)]
+    pids = sorted(collectors())
     assert len(pids) == 1
     os.kill(pids[0], signal.SIGKILL)
     with trio.fail_after(20):
@@ -347,36 +348,17 @@ async def test_a_gpu_that_keeps_failing_withdraws_after_its_count(
 ) -> None:
     sections: Sections = {"attestation": {"interval_s": 0.05, "failures": 2, "collect_s": 1.0}}
     appliance = await start_appliance(nursery, tmp_path, sections=sections)
-    pids = [pid for pid in children() if "appliance.attester.main" in command_line(pid)]
+    pids = sorted(collectors())
     os.kill(pids[0], signal.SIGSTOP)  # hangs, as a driver does
     try:
         with trio.fail_after(30):
             await appliance.ended.wait()
     finally:
-        if pids[0] in children():
+        if pids[0] in collectors():
             os.kill(pids[0], signal.SIGKILL)
     assert isinstance(appliance.result[0], AttesterUnavailable | DeviceFault)
     failed = [one for one in appliance.log_lines if one["event"] == "evidence_not_collected"]
     assert len(failed) == 2
-
-
-def children() -> list[int]:
-    """Of this process."""
-    text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
-    pids = [int(pid) for pid in text.split()]
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            pids += [int(pid) for pid in (task / "children").read_text().split()]
-        except OSError:
-            continue
-    return sorted(set(pids))
-
-
-def command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
 
 
 # --- dcv verify ---------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from appliance.errors import (
     Stale,
 )
 from appliance.rats.schemes import nvidia_gpu, simulated
+from tests.processes import children_of, collectors
 
 ANCHORS = load_simulated_anchors(load_anchors())
 NOW = datetime.datetime(2026, 11, 23, tzinfo=datetime.UTC)
@@ -91,20 +92,6 @@ async def start_child(nursery: trio.Nursery, settings: Attestation = SIMULATED) 
     (pid,) = collectors() - before
     found.append(Child(attester, pid, scope, lost))
     return found[0]
-
-
-def collectors() -> set[int]:
-    """Our children that are collectors."""
-    found = set()
-    for pid in children_of(os.getpid()):
-        if b"appliance.attester.main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            found.add(pid)
-    return found
-
-
-def children_of(parent: int) -> set[int]:
-    threads = Path(f"/proc/{parent}/task").iterdir()
-    return {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
 
 
 def is_alive(pid: int) -> bool:
