@@ -39,8 +39,8 @@ from tests.integration.appliance import (
     Sections,
     start_appliance,
 )
-from tests.integration.test_attestation import children, command_line
 from tests.integration.test_life import slow_chat
+from tests.processes import collectors
 
 CHAT = "/v1/chat/completions"
 MAX_BYTES = 1 << 20
@@ -310,9 +310,7 @@ async def test_a_stream_that_ends_badly_has_a_receipt_whose_outcome_is_true(
                     ready = [x for x in appliance.log_lines if x["event"] == "engine_ready"]
                     os.kill(ready[0]["pid"], signal.SIGKILL)
                 case "collector":
-                    [pid] = [
-                        pid for pid in children() if "appliance.attester.main" in command_line(pid)
-                    ]
+                    [pid] = collectors()
                     os.kill(pid, signal.SIGKILL)
                 case _:
                     os.kill(os.getpid(), signal.SIGTERM)
