@@ -26,6 +26,7 @@ from appliance.notify import Notifier
 from appliance.operator_input import load_operator_input, tighten
 from appliance.run import run
 from appliance.serving.auth import create_key, hash_key
+from appliance.serving.keys import close_memory
 from appliance.verifier.chat import add_chat
 from appliance.verifier.commands import add_appraise
 from appliance.verifier.receipt_command import add_receipt
@@ -63,6 +64,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
     if arguments.check:
         print(json.dumps(effective_config(config), indent=2))
         return 0
+    close_memory()
     log = configure_log(format=config.log.format, level=config.log.level)
     notifier = Notifier.from_environment(os.environ, pid=os.getpid())
     try:

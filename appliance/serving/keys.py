@@ -8,6 +8,7 @@ judged in `serving.certificates`, not here.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
 import ipaddress
@@ -95,6 +96,24 @@ class TlsIdentity:
             context.load_cert_chain(f"/proc/self/fd/{descriptor}")
         finally:
             os.close(descriptor)
+
+
+PR_SET_DUMPABLE = 4  # linux/prctl.h
+
+
+def close_memory() -> None:
+    """Keep other processes of this user from this one's memory and descriptors, from now on.
+
+    Not dumpable (prctl(2)): no ptrace, no /proc/PID/mem, no core file, but for who has
+    CAP_SYS_PTRACE. A child that executes a program begins dumpable again. Call it before there is
+    a key.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -38,6 +45,9 @@ class Metrics:
     def __init__(self, lifecycle: Lifecycle, *, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.registry = CollectorRegistry()
+        ProcessCollector(
+            registry=self.registry
+        )  # memory, descriptors, CPU: not readable from outside
         self.requests = Counter(
             "dcv_requests",
             "Inference requests by how they ended: complete, client_disconnected, or an error code",

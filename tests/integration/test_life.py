@@ -360,7 +360,7 @@ def serve(folder: Path, processes: list[subprocess.Popen[bytes]]) -> subprocess.
     return process
 
 
-def wait_for(condition: str, folder: Path, *, deadline_s: float = 20) -> dict[str, object]:
+def wait_for(condition: str, folder: Path, *, deadline_s: float = 60) -> dict[str, object]:
     """Wait for a log event by name."""
     until = time.monotonic() + deadline_s
     while time.monotonic() < until:

@@ -49,7 +49,7 @@ class Gateway:
 
     @property
     def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return int(self.metric("process_open_fds"))
 
     @property
     def threads(self) -> int:

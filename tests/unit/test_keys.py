@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import ssl
+import subprocess
+import sys
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
@@ -219,3 +221,44 @@ def test_suites_that_http_2_forbids_are_not_spoken(identity: TlsIdentity, suite:
     client.set_ciphers(f"{suite}:@SECLEVEL=0")
     with pytest.raises(ssl.SSLError):
         handshake(client, identity.server_context(), "localhost")
+
+
+OWNER_OF_KEYS = """
+import ctypes, datetime, os
+from appliance.serving.keys import close_memory, create_tls_identity
+
+def another_process_of_this_user_reads(name):
+    owner = os.getpid()
+    child = os.fork()
+    if child == 0:
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable, as after an exec
+        try:
+            os.listdir(f"/proc/{owner}/fd") if name == "fd" else open(f"/proc/{owner}/{name}").read(1)
+        except PermissionError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+identity = create_tls_identity(["localhost"], now=datetime.datetime.now(datetime.UTC))
+identity.server_context()
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+print([name for name in ("environ", "maps", "fd") if another_process_of_this_user_reads(name)])
+close_memory()
+print([name for name in ("environ", "maps", "fd") if another_process_of_this_user_reads(name)])
+identity.server_context()
+print("still loads its own key")
+"""
+
+
+def test_no_process_of_its_own_user_reads_the_memory_of_one_that_closed_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OWNER_OF_KEYS], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == [
+        "['environ', 'maps', 'fd']",
+        "[]",
+        "still loads its own key",
+    ], done.stderr
