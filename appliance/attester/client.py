@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import NoReturn, TypeVar
 
 import trio
@@ -388,23 +389,24 @@ def _describe(status: int) -> str:
 
 async def _start_child() -> tuple[trio.Process, trio.SocketStream]:
     ours, theirs = socket.socketpair()
-    try:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-I", "-m", "appliance.attester.main", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=CHILD_ENVIRONMENT,
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,  # a Ctrl-C in the terminal is for us alone
-        )
-    except BaseException as error:
-        ours.close()
-        if isinstance(error, OSError):
-            raise AttesterUnavailable(f"cannot start the collector: {error.strerror}") from error
-        raise
-    finally:
-        theirs.close()
+    with ExitStack() as unless_started:
+        unless_started.callback(ours.close)
+        with theirs:
+            try:
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-I", "-m", "appliance.attester.main", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env=CHILD_ENVIRONMENT,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # a Ctrl-C in the terminal is for us alone
+                )
+            except OSError as error:
+                raise AttesterUnavailable(
+                    f"cannot start the collector: {error.strerror}"
+                ) from error
+        unless_started.pop_all()
     return process, trio.SocketStream(trio.socket.from_stdlib_socket(ours))
 
 

@@ -28,6 +28,7 @@ import os
 import re
 import stat
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -266,11 +267,9 @@ def _write(path: Path, data: bytes) -> None:
     Not synced: what a power failure leaves half-written has another digest, and is fetched anew.
     """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")  # mode 0600
-    temporary = Path(name)
-    try:
+    with ExitStack() as unless_replaced:
+        unless_replaced.callback(Path(name).unlink, missing_ok=True)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        Path(name).replace(path)
+        unless_replaced.pop_all()

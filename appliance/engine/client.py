@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import trio
@@ -133,18 +134,18 @@ async def open_exchange(
     Raises:
         EngineUnavailable: the engine does not take the connection or the request.
     """
-    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await _connect(connection, (address.host, address.port))
-        await _send_all(connection, _request(address, method, path, body))
-    except OSError as error:
-        connection.close()
-        raise EngineUnavailable("the engine does not accept connections") from error
-    except BaseException:
-        connection.close()
-        raise
+    with ExitStack() as unless_sent:
+        connection = unless_sent.enter_context(
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        )
+        try:
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await _connect(connection, (address.host, address.port))
+            await _send_all(connection, _request(address, method, path, body))
+        except OSError as error:
+            raise EngineUnavailable("the engine does not accept connections") from error
+        unless_sent.pop_all()
     return EngineResponse(connection)
 
 

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -313,25 +314,31 @@ async def _dismiss(guarded: _Guardian, log: Log) -> None:
 
 async def _start_guardian(command: EngineCommand) -> _Guardian:
     ours, theirs = socket.socketpair()
-    try:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-I", "-S", str(GUARDIAN), str(theirs.fileno()), *command.argv],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=dict(command.environment),
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,  # a Ctrl-C in the terminal is for us alone
-        )
-    except BaseException as error:
-        ours.close()
-        if isinstance(error, OSError):
-            raise EngineStartFailed(
-                f"cannot start the engine's guardian: {error.strerror}"
-            ) from error
-        raise
-    finally:
-        theirs.close()
+    with ExitStack() as unless_started:
+        unless_started.callback(ours.close)
+        with theirs:
+            try:
+                process = await trio.lowlevel.open_process(
+                    [
+                        sys.executable,
+                        "-I",
+                        "-S",
+                        str(GUARDIAN),
+                        str(theirs.fileno()),
+                        *command.argv,
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    env=dict(command.environment),
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # a Ctrl-C in the terminal is for us alone
+                )
+            except OSError as error:
+                raise EngineStartFailed(
+                    f"cannot start the engine's guardian: {error.strerror}"
+                ) from error
+        unless_started.pop_all()
     return _Guardian(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
 
 

@@ -12,7 +12,7 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -274,11 +274,10 @@ class ReceiptDatabase:
         connection = sqlite3.connect(
             self._path, timeout=1.0, isolation_level=None, check_same_thread=False
         )
-        try:
+        with ExitStack() as unless_prepared:
+            unless_prepared.callback(connection.close)
             _prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
+            unless_prepared.pop_all()
         return connection
 
     def _count(self, connection: sqlite3.Connection) -> None:
@@ -514,7 +513,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException:  # whatever it is goes on; half a transaction does not
         if connection.in_transaction:  # SQLite has rolled back by itself where the disk is full
             connection.execute("ROLLBACK")
         raise
