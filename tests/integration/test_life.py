@@ -584,12 +584,16 @@ def test_dcv_status_shows_the_stage_while_it_boots_and_the_state_after(
         return subprocess.run(command, capture_output=True, text=True, timeout=20)
 
     assert status().returncode == 2
-    write(folder, "load:1.5")
+    write(folder, "load:3600")
     gateway = serve(folder, processes)
     wait_for("engine_log", folder)
     booting = status("--json")
     assert booting.returncode == 1
     assert json.loads(booting.stdout)["stage"]["name"] == "engine"
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+    write(folder)
+    gateway = serve(folder, processes)
     wait_for("serving", folder)
     serving = status()
     assert serving.returncode == 0

@@ -236,9 +236,9 @@ def test_an_environment_is_made_once_and_then_follows_its_lock(clone: Clone) -> 
     assert clone.ensure() == ["test: installing 2 packages from one.txt (2.5 GB in all)"]
     assert clone.versions() == {"dcv_a": "1", "dcv_b": "1"}
 
-    started = time.monotonic()
+    started = time.process_time()
     assert clone.ensure() == ["test: up to date (.test)"]
-    assert time.monotonic() - started < 0.1
+    assert time.process_time() - started < 0.1  # our own work: it starts no pip
 
     # b is no longer named, a is another version, c is new.
     clone.lock("one", a2, c1)
