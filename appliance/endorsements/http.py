@@ -272,7 +272,7 @@ async def _read(response: httpx2.Response, what: str, max_bytes: int) -> Answer:
 
 def _pause(tried: int, wished_s: int | None) -> float:
     pause: float = _PAUSE_S * 2 ** (tried - 1)
-    return max(pause * (1 + random.random()), wished_s or 0)  # noqa: S311 - no secret
+    return max(pause * (1 + random.SystemRandom().random()), wished_s or 0)
 
 
 def _retry_after_s(text: str | None) -> int | None:

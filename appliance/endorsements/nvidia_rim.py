@@ -141,7 +141,7 @@ class RimSource:
             every_s: between two looks, up to a tenth more or less, so that a fleet spreads.
         """
         while True:
-            await trio.sleep(every_s * random.uniform(0.9, 1.1))  # noqa: S311 - no secret
+            await trio.sleep(every_s * random.SystemRandom().uniform(0.9, 1.1))
             for rim_id in rim_ids:
                 try:
                     await self.find(rim_id)

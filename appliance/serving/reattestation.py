@@ -9,7 +9,6 @@ keyset is renewed in time, and vendors are asked again about what they vouch for
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -137,5 +136,6 @@ class Reattestation:
         }
 
     async def _sleep(self) -> None:
-        interval = self._settings.interval_s * (1 + JITTER * random.random())  # noqa: S311 - spreads
+        share = int.from_bytes(self._random_bytes(2), "big") / 0x10000
+        interval = self._settings.interval_s * (1 + JITTER * share)
         await trio.sleep(max(0.0, min(interval, self._reports.renew_in_s)))
