@@ -1,4 +1,5 @@
-"""Writes the reference pages that come from the source: docs/configuration.md and docs/errors.md.
+"""Writes what comes from the source: docs/configuration.md, docs/errors.md, and the worked example in
+docs/protocol.md.
 
     python docs/generate.py            # write them
     python docs/generate.py --check    # exit 1 if they are not what the source says
@@ -20,6 +21,7 @@ import msgspec
 from appliance import errors
 from appliance.config import ApiKey, MeasuredConfig, TcbFloor
 from appliance.errors import ApplianceError, BootError
+from docs import protocol_example
 
 DOCS = Path(__file__).parent
 GENERATED = "<!-- Written by docs/generate.py from the source; `just docs` writes it again. -->"
@@ -86,6 +88,16 @@ def errors_page() -> str:
         )
         + "\n"
     )
+
+
+def protocol_page() -> str:
+    """docs/protocol.md, written by hand, with its worked example written anew."""
+    page = (DOCS / "protocol.md").read_text(encoding="utf-8")
+    before, begin, rest = page.partition(protocol_example.BEGIN)
+    _, end, after = rest.partition(protocol_example.END)
+    if not begin or not end:
+        raise SystemExit("docs: protocol.md has no marks around its worked example")
+    return before + protocol_example.worked_example() + after
 
 
 def _section(name: str, struct: type, *, array: bool = False) -> list[str]:
@@ -167,7 +179,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
-    for name, text in (("configuration.md", configuration_page()), ("errors.md", errors_page())):
+    pages = (
+        ("configuration.md", configuration_page()),
+        ("errors.md", errors_page()),
+        ("protocol.md", protocol_page()),
+    )
+    for name, text in pages:
         path = DOCS / name
         if check:
             if not path.exists() or path.read_text(encoding="utf-8") != text:
