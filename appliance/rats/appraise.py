@@ -19,6 +19,7 @@ from appliance.errors import Contraindicated, Stale, Unauthentic, Unbound
 from appliance.rats import binding
 from appliance.rats.gpus import GpuStatement, Memory, appraise_gpus, named, together
 from appliance.rats.model import Anchors, CpuClaims
+from appliance.rats.policy.cpu import NOT_COMPARED
 from appliance.rats.policy.sev_snp import appraise_sev_snp
 from appliance.rats.policy.tdx import appraise_tdx
 from appliance.rats.policy.tpm import appraise_azure_vtpm, appraise_tpm2
@@ -45,6 +46,9 @@ class Context:
         reference: None when the relying party has none; then nothing is affirmed.
         at: timezone-aware.
         memory: of one thread.
+        claimed_image: what it means that an image of `[policy] images` is claimed and no
+            measurement backs it. The appliance, which has no reference values for itself, makes
+            it a warning in its self-check.
     """
 
     policy: Policy
@@ -52,6 +56,7 @@ class Context:
     reference: ReferenceValues | None
     at: datetime.datetime
     memory: Memory = field(default_factory=Memory)
+    claimed_image: Tier = Tier.CONTRAINDICATED
 
 
 def appraise_report(
@@ -103,8 +108,15 @@ def appraise_report(
         )
     # 9. The workload is one that the policy accepts.
     workload = _workload_findings(report, context.policy)
+    corroboration = _corroboration_findings(report, cpu, context)
     parts = {"CPU": cpu, **named(gpus)}
-    findings = (*provenance, *workload, *_gpu_findings(gpus, context.policy))
+    findings = (
+        *provenance,
+        *workload,
+        *corroboration,
+        *_gpu_findings(gpus, context.policy),
+        *_not_asked(nonce, spki_sha256),
+    )
     return conclude(_claims(report), findings, parts)
 
 
@@ -264,6 +276,47 @@ def _workload_findings(report: Report, policy: Policy) -> Iterator[Finding]:
             "true",
             str(engine.get("deterministic"))[:80],
             "Use an appliance whose engine is set to be deterministic.",
+        )
+
+
+def _corroboration_findings(
+    report: Report, cpu: AttestationResult, context: Context
+) -> Iterator[Finding]:
+    """An image that the policy names must be the one that was measured: "a provenance claim no
+    measurement backs MUST NOT satisfy this check" (aci/1 section 9.1, 4). One is backed when every
+    measurement that step 3 needs was compared with what the reference values have for it."""
+    accepted, claimed = context.policy.images, report.provenance.get("image_digest")
+    if claimed not in accepted:  # none is asked for, or another: that is a finding already
+        return
+    image = _image(report, context.reference)
+    if image is None or any(one.got == NOT_COMPARED for one in cpu.all_findings()):
+        yield Finding(
+            context.claimed_image,
+            "report.image_digest.claimed",
+            "measurements that the reference values give for this image",
+            f"{str(claimed)[:80]}, claimed and not compared",
+            "Give the reference values of the images that the policy accepts.",
+        )
+
+
+def _not_asked(nonce: bytes | None, spki_sha256: bytes | None) -> Iterator[Finding]:
+    """What no verdict on this report covers, whatever the report says: the caller had nothing to
+    compare with. A bundle's verdict stays what it is, and says so."""
+    if nonce is None:
+        yield Finding(
+            Tier.AFFIRMING,
+            "report.freshness",
+            "evidence over a nonce of the asker's",
+            "the null form, which may be as old as its keyset",
+            "Ask with a fresh nonce where it matters that the evidence is new.",
+        )
+    if spki_sha256 is None:
+        yield Finding(
+            Tier.AFFIRMING,
+            "report.tls",
+            "the TLS key of the connection",
+            "no connection to compare with",
+            "Verify the appliance itself before anything is sent to it.",
         )
 
 

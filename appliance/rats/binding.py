@@ -12,7 +12,14 @@ import hmac
 from appliance.errors import Unbound
 from appliance.wire.commitments import Inclusion, gpu_evidence_digest
 from appliance.wire.encoding import format_sha256
-from appliance.wire.identity import digest_of, report_data_of, subject_of
+from appliance.wire.identity import (
+    check_manifest,
+    check_roles,
+    digest_of,
+    parse_checkpoint_key,
+    report_data_of,
+    subject_of,
+)
 from appliance.wire.merkle import root_of
 from appliance.wire.report import GpuSection, Report
 
@@ -21,14 +28,20 @@ REPORT_DATA_FIELD = 64
 
 
 def check_documents(report: Report, nonce: bytes | None) -> None:
-    """Manifest, instance document, keyset, statement and report_data follow from each other.
+    """Manifest, instance document, keyset, statement and report_data follow from each other, and
+    no key has two roles.
 
     Args:
         nonce: the 32 bytes asked with; None for the null form.
 
     Raises:
-        Unbound: one does not.
+        Malformed: manifest or instance document is not dcv/1's, or a key is there twice.
+        Unbound: one does not follow.
     """
+    # A document's digest says nothing of what is in it: both are read before they are hashed.
+    check_manifest(report.workload, where="workload")
+    checkpoint_key = parse_checkpoint_key(report.instance, where="instance")
+    check_roles(report.keyset, checkpoint_key, where="instance.keys")
     workload, instance = digest_of(report.workload), digest_of(report.instance)
     _same("subject", subject_of(workload, instance), report.keyset.subject)
     _same(

@@ -3,7 +3,8 @@
 RFC 5280 section 6.1, narrowed to what attestation chains are: the path is given in order, leaf
 first, nobody searches for another one; the root is the pinned one, whatever was presented in its
 place; names must chain; every issuer is a CA whose path length allows its place. Revocation is
-asked elsewhere (`rats.revocation`), extended key usages and name constraints do not occur.
+asked elsewhere (`rats.revocation`), name constraints do not occur, and an extended key usage is
+held to the purpose that the caller names.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from appliance.errors import Malformed, Stale, Unauthentic
 
@@ -27,14 +29,22 @@ MAX_CERTIFICATES = 16
 
 MAX_CERTIFICATE_BYTES = 64 << 10
 
-KNOWN_CRITICAL = frozenset(
-    {
-        x509.BasicConstraints.oid,
-        x509.KeyUsage.oid,
-        x509.ExtendedKeyUsage.oid,
-    }
+KNOWN_CRITICAL = frozenset({x509.BasicConstraints.oid, x509.KeyUsage.oid})
+"""Extensions that may be critical, because this module or its caller reads them (RFC 5280 4.2). An
+extended key usage may be where the caller names the purpose: only then is it read."""
+
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
 )
-"""Extensions that may be critical, because this module or its caller reads them (RFC 5280 4.2)."""
+"""What `cryptography` raises on bytes that somebody else chose, some of it only when a part is
+asked for. Half of them are no ValueError, so every reader of such bytes catches all of these."""
 
 
 def parse_pem_chain(pem: bytes, *, field: str) -> tuple[x509.Certificate, ...]:
@@ -52,7 +62,7 @@ def parse_pem_chain(pem: bytes, *, field: str) -> tuple[x509.Certificate, ...]:
         raise Malformed(f"{field}: expected at most 1 MiB of certificates", field=field)
     try:
         return tuple(_read_whole(one) for one in x509.load_pem_x509_certificates(pem))
-    except (ValueError, TypeError, x509.InvalidVersion):
+    except UNREADABLE:
         raise Malformed(f"{field}: expected PEM certificates", field=field) from None
 
 
@@ -66,7 +76,7 @@ def parse_der_certificate(der: bytes, *, field: str) -> x509.Certificate:
         raise Malformed(f"{field}: expected at most 64 KiB", field=field)
     try:
         return _read_whole(x509.load_der_x509_certificate(der))
-    except (ValueError, TypeError, x509.InvalidVersion):
+    except UNREADABLE:
         raise Malformed(f"{field}: expected a DER certificate", field=field) from None
 
 
@@ -76,6 +86,7 @@ def authenticate_path(
     roots: Iterable[x509.Certificate],
     at: datetime.datetime,
     what: str,
+    purpose: x509.ObjectIdentifier | None = None,
 ) -> tuple[x509.Certificate, ...]:
     """Check a path and return it, leaf first, ending with the pinned root.
 
@@ -85,11 +96,15 @@ def authenticate_path(
         roots: the pinned ones; trusted without their own signature, held to their validity.
         at: timezone-aware.
         what: whose chain, for messages.
+        purpose: what the leaf's key is used for. A leaf that names purposes must name this one or
+            any; one that names none may be used for all. None where no purpose has a name: then
+            a critical extended key usage is refused like everything that nobody reads.
 
     Raises:
         Malformed: an extension that does not parse.
         Unauthentic: no pinned root, a bad signature, a name that does not chain, an issuer that
-            is no CA or too far up, a critical extension nobody here knows.
+            is no CA or too far up, a leaf for another purpose, a critical extension nobody here
+            knows.
         Stale: `at` is outside the validity of one of them.
     """
     if not 0 < len(presented) <= MAX_CERTIFICATES:
@@ -111,7 +126,7 @@ def authenticate_path(
     for depth, certificate in enumerate(path):
         named = f"{what}: {_name(certificate)}"
         _check_validity(certificate, at, named)
-        _check_extensions(certificate, depth, named)
+        _check_extensions(certificate, depth, named, purpose)
     return path
 
 
@@ -149,7 +164,7 @@ def _issuer_of(
 def _check_issued_by(subject: x509.Certificate, issuer: x509.Certificate, what: str) -> None:
     try:
         subject.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+    except (*UNREADABLE, InvalidSignature):
         raise Unauthentic(
             f"{what}: {_name(subject)}: expected the signature of {_name(issuer)}"
         ) from None
@@ -161,14 +176,18 @@ def _check_validity(certificate: x509.Certificate, at: datetime.datetime, name: 
         raise Stale(f"{name}: valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, not at {at:%Y-%m-%d}")
 
 
-def _check_extensions(certificate: x509.Certificate, depth: int, name: str) -> None:
+def _check_extensions(
+    certificate: x509.Certificate, depth: int, name: str, purpose: x509.ObjectIdentifier | None
+) -> None:
     """`depth` is 0 for the leaf; an issuer at depth n has n - 1 intermediates below it."""
     try:
         extensions = certificate.extensions
-    except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except UNREADABLE:
         raise Malformed(f"{name}: expected extensions that parse", field="extensions") from None
     for extension in extensions:
-        if extension.critical and extension.oid not in KNOWN_CRITICAL:
+        if isinstance(extension.value, x509.ExtendedKeyUsage) and purpose is not None:
+            _check_purpose(extension, depth, name, purpose)
+        elif extension.critical and extension.oid not in KNOWN_CRITICAL:
             raise Unauthentic(f"{name}: unknown critical extension {extension.oid.dotted_string}")
     if depth == 0:
         return
@@ -182,6 +201,24 @@ def _check_extensions(certificate: x509.Certificate, depth: int, name: str) -> N
     usage = _value(extensions, x509.KeyUsage)
     if usage is not None and not usage.key_cert_sign:
         raise Unauthentic(f"{name}: expected a key that may sign certificates")
+
+
+def _check_purpose(
+    extension: x509.Extension[x509.ExtendedKeyUsage],
+    depth: int,
+    name: str,
+    purpose: x509.ObjectIdentifier,
+) -> None:
+    """RFC 5280 section 4.2.1.12: "the certificate MUST only be used for one of the purposes
+    indicated". That is said of the certified key, and an issuer's signs certificates whatever it
+    names (Google's TPM CAs name another purpose than what they certify), so of an issuer it
+    counts only where it is critical."""
+    accepted = {purpose, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+    if (depth == 0 or extension.critical) and accepted.isdisjoint(extension.value):
+        raise Unauthentic(
+            f"{name}: expected extended key usage {purpose.dotted_string}, "
+            f"got {', '.join(one.dotted_string for one in extension.value)}"
+        )
 
 
 def _value(extensions: x509.Extensions, kind: type[_E]) -> _E | None:

@@ -30,10 +30,11 @@ SEVERITY = {Tier.AFFIRMING: 0, Tier.NONE: 1, Tier.WARNING: 2, Tier.CONTRAINDICAT
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that keeps evidence from being affirmed.
+    """One thing that keeps evidence from being affirmed, or one that was not asked of it.
 
     Attributes:
-        tier: the best verdict that is possible with this finding.
+        tier: the best verdict that is possible with this finding; affirming where it only says
+            what a verdict does not cover.
         check: stable name of the rule, `scheme.rule`, for scripts.
         expected, got: as the evidence spells values.
         advice: what to do, one sentence.
@@ -65,7 +66,8 @@ class AttestationResult:
 
     Attributes:
         claims: what was signed, as JSON; trustworthy as far as the verdict goes.
-        findings: empty exactly when the verdict is affirming or none.
+        findings: none is worse than the verdict; with an affirming one they say what was not
+            checked.
         submods: results on the parts, by name (RFC 9711 section 4.2.18).
     """
 

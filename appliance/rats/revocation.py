@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import Literal, TypeAlias
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509 import ocsp
@@ -38,6 +38,7 @@ from appliance.errors import (
 )
 from appliance.rats.chain import (
     MAX_CERTIFICATES,
+    UNREADABLE,
     authenticate_path,
     der_of,
     parse_der_certificate,
@@ -70,17 +71,6 @@ _RSA_PKCS1_V15 = (
     SignatureAlgorithmOID.RSA_WITH_SHA384,
     SignatureAlgorithmOID.RSA_WITH_SHA512,
 )
-
-_UNREADABLE = (
-    ValueError,
-    TypeError,
-    OverflowError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
-"""What `cryptography` raises on bytes, some of it only when a part is asked for."""
 
 
 class Revocation(StrEnum):
@@ -201,7 +191,7 @@ def check_crl(
             if extension.critical and extension.oid != x509.CRLReason.oid:
                 raise Unauthentic("CRL: expected entries of its own issuer")
         reason = _crl_reason(entry)
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("CRL: expected entries that parse", field="crl") from None
     return RevocationStatus(Revocation.REVOKED, reason, crl.last_update_utc, crl_expiry(crl))
 
@@ -216,7 +206,7 @@ def parse_crl(crl_der: bytes) -> x509.CertificateRevocationList:
         raise Malformed("CRL: expected at most 1 MiB", field="crl")
     try:
         return x509.load_der_x509_crl(crl_der)
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("CRL: expected a DER certificate revocation list", field="crl") from None
 
 
@@ -238,7 +228,7 @@ def authenticate_crl(
             and crl.is_signature_valid(issuer.public_key())  # type: ignore[arg-type]
         )
         critical = [one.oid.dotted_string for one in crl.extensions if one.critical]
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("CRL: expected extensions that parse", field="crl") from None
     if not signed:
         raise Unauthentic(f"CRL: expected the signature of {issuer.subject.rfc4514_string()}")
@@ -357,7 +347,7 @@ def _parse_response(der: bytes) -> ocsp.OCSPResponse:
     try:
         response = ocsp.load_der_ocsp_response(der)
         status = response.response_status
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("OCSP response: expected DER of RFC 6960", field="ocsp") from None
     if status is not ocsp.OCSPResponseStatus.SUCCESSFUL:
         raise EndorsementsUnavailable(f"OCSP response: the responder answered {status.name}")
@@ -376,7 +366,7 @@ def _responder(
     try:
         by_name, by_key = response.responder_name, response.responder_key_hash
         ders = [der_of(one) for one in response.certificates]
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("OCSP response: expected a responder that parses", field="ocsp") from None
     if _answers_to(issuer, by_name, by_key):
         return issuer
@@ -385,7 +375,13 @@ def _responder(
         if not _answers_to(candidate, by_name, by_key):
             continue
         what = "OCSP responder"
-        authenticate_path([candidate], roots=[issuer], at=at, what=what)
+        authenticate_path(
+            [candidate],
+            roots=[issuer],
+            at=at,
+            what=what,
+            purpose=ExtendedKeyUsageOID.OCSP_SIGNING,
+        )
         if not _has_purpose(candidate, ExtendedKeyUsageOID.OCSP_SIGNING):
             raise Unauthentic(f"{what}: expected a certificate for OCSP signing")
         if not _may(candidate, "digital_signature"):
@@ -402,7 +398,7 @@ def _answers_to(
         return certificate.subject == by_name
     try:
         digest = x509.SubjectKeyIdentifier.from_public_key(certificate.public_key()).digest
-    except _UNREADABLE:
+    except UNREADABLE:
         return False
     return digest == by_key
 
@@ -423,7 +419,7 @@ def _check_signature(response: ocsp.OCSPResponse, responder: x509.Certificate) -
             )
         else:
             raise Unauthentic("OCSP response: expected an ECDSA or RSA PKCS #1 v1.5 signature")
-    except (*_UNREADABLE, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         raise Unauthentic("OCSP response: expected the signature of its responder") from None
 
 
@@ -435,7 +431,7 @@ def _check_extensions(response: ocsp.OCSPResponse) -> None:
             for one in (*response.extensions, *_single_extensions(response))
             if one.critical and one.oid != x509.OCSPNonce.oid
         ]
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("OCSP response: expected extensions that parse", field="ocsp") from None
     if critical:
         raise Unauthentic(f"OCSP response: unknown critical extension {critical[0]}")
@@ -465,7 +461,7 @@ def _about(
         for single in singles:
             if _is_named(single, certificate, issuer):
                 yield single
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("OCSP response: expected statements that parse", field="ocsp") from None
 
 
@@ -490,7 +486,7 @@ def _status_of(single: ocsp.OCSPSingleResponse, max_age: datetime.timedelta) -> 
         status, this_update = single.certificate_status, single.this_update_utc
         next_update, reason = single.next_update_utc, single.revocation_reason
         oldest = this_update + max_age
-    except _UNREADABLE:
+    except UNREADABLE:
         raise Malformed("OCSP response: expected times that parse", field="ocsp") from None
     return RevocationStatus(
         Revocation(status.name.lower()),

@@ -25,7 +25,7 @@ from appliance.rats.appraise import Context, appraise_report
 from appliance.rats.gpus import GpuStatement, Memory, appraise_gpus
 from appliance.rats.model import Anchors
 from appliance.rats.presented import Presented, appraise_presented
-from appliance.rats.result import AttestationResult
+from appliance.rats.result import AttestationResult, Tier
 from appliance.rats.schemes.nvidia_gpu import authenticate_rim
 from appliance.wire.evidence import CpuEvidence, GpuEvidence
 from appliance.wire.report import parse_report
@@ -123,7 +123,14 @@ class OwnEvidence:
         """
 
         def check() -> AttestationResult:
-            context = Context(self._config.policy, self._anchors, None, self._at(), self._memory)
+            context = Context(
+                self._config.policy,
+                self._anchors,
+                None,  # nobody vouches for our own image to us: what it is claimed to be, we claim
+                self._at(),
+                self._memory,
+                claimed_image=Tier.WARNING,
+            )
             return appraise_report(
                 parse_report(data), nonce=nonce, spki_sha256=None, context=context
             )

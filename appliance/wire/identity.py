@@ -7,22 +7,34 @@
 
 The CPU's quote carries `report_data`, and so binds the workload, the GPUs and every key. Building
 a document and reading one are here; whether what was read is true is for `rats` to say.
+
+Manifest and instance document have exactly the members that dcv/1 gives them: "unknown fields are
+null, never left out". A document that is hashed and not read could say anything beside its digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from appliance.errors import Malformed
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json
-from appliance.wire.encoding import decode_hex, format_sha256
+from appliance.wire.encoding import decode_hex, format_sha256, parse_sha256
 
 API_VERSION = "dcv/1"
 PURPOSE = "aci.report_data.v1"
+ALGORITHM = "ed25519"
+CHECKPOINT_ROLE = "checkpoint"
 MAX_KEYS = 16
+MAX_GPUS = 16
 MAX_NAME = 256
+MAX_TEXT = 4096
+
+_SPKI_PREFIX = bytes.fromhex("302a300506032b6570032100")
+"""What a SubjectPublicKeyInfo of an Ed25519 key begins with (RFC 8410 section 4); the key follows."""
 
 _SUBJECT = re.compile(
     r"dcv:workload:(?P<workload>[0-9a-f]{64}):instance:(?P<instance>[0-9a-f]{64})\Z"
@@ -70,7 +82,7 @@ def instance_document(
         gpus: `scheme`, `device_cert_sha256`, `ueid` of each, in the order in which evidence is
             given from then on.
     """
-    keys: list[JsonValue] = [{"role": "checkpoint", **checkpoint_key.to_json()}]
+    keys: list[JsonValue] = [{"role": CHECKPOINT_ROLE, **checkpoint_key.to_json()}]
     listed: list[JsonValue] = list(gpus)
     return {
         "api_version": API_VERSION,
@@ -125,7 +137,12 @@ class PublicKey:
 
     def to_json(self) -> JsonObject:
         """Its form in keysets and instance documents."""
-        return {"key_id": self.key_id, "algo": "ed25519", "public_key": self.raw.hex()}
+        return {"key_id": self.key_id, "algo": ALGORITHM, "public_key": self.raw.hex()}
+
+    @property
+    def spki_sha256(self) -> bytes:
+        """What a keyset would name it by if it were a TLS key, 32 bytes."""
+        return hashlib.sha256(_SPKI_PREFIX + self.raw).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +181,14 @@ class Keyset:
 def parse_keyset(value: JsonValue, *, where: str) -> Keyset:
     """Read a keyset. Nothing in it is trustworthy before its digest was found in a quote.
 
-    `domain` of a TLS key is read over: this project compares keys, not names. The digest is
-    taken of the document as received, by the caller.
+    "Entries whose algo is not recognized are ignored" (aci/1 section 3.1), but a keyset without a
+    receipt key of a known one signs nothing and is refused. `domain` of a TLS key is read over:
+    this project compares keys, not names. The digest is taken of the document as received, by the
+    caller.
 
     Raises:
-        Malformed: not that form, or out of bounds.
+        Malformed: not that form, out of bounds, no receipt key, or one that is there twice: "a
+            receipt signing key MUST NOT double as an E2EE or TLS key", and a key_id names one key.
     """
     item = _object(value, where)
     _members(
@@ -179,44 +199,189 @@ def parse_keyset(value: JsonValue, *, where: str) -> Keyset:
     not_after = item["not_after"]
     if isinstance(not_after, bool) or not isinstance(not_after, int) or not_after < 0:
         raise Malformed(f"{where}.not_after: expected Unix seconds", field=f"{where}.not_after")
+    place = f"{where}.receipt_signing_keys"
     receipt_keys = tuple(
-        _public_key(one, f"{where}.receipt_signing_keys[{index}]")
+        _public_key(one, f"{place}[{index}]")
         for index, one in enumerate(_list(item, "receipt_signing_keys", where))
+        if _is_known(one, f"{place}[{index}]")
     )
-    tls = []
-    for index, one in enumerate(_list(item, "tls_public_keys", where)):
-        place = f"{where}.tls_public_keys[{index}]"
-        key = _object(one, place)
-        _members({name: key[name] for name in key if name != "domain"}, {"spki_sha256"}, place)
-        tls.append(decode_hex(_text(key, "spki_sha256", place), field=place, length=32))
-    _list(item, "e2ee_public_keys", where)
-    return Keyset(_text(item, "subject", where), not_after, receipt_keys, tuple(tls))
+    if not receipt_keys:
+        raise Malformed(f"{place}: expected at least one {ALGORITHM} key", field=place)
+    tls = tuple(
+        _tls_key(one, f"{where}.tls_public_keys[{index}]")
+        for index, one in enumerate(_list(item, "tls_public_keys", where))
+    )
+    _check_one_role_each(receipt_keys, tls, _list(item, "e2ee_public_keys", where), place)
+    return Keyset(_text(item, "subject", where), not_after, receipt_keys, tls)
+
+
+def check_manifest(manifest: JsonObject, *, where: str) -> None:
+    """A workload manifest has the version, the members and the kinds of values that dcv/1 has.
+
+    Raises:
+        Malformed: it has not.
+    """
+    _check_form(manifest, _MANIFEST, where)
+    _check_version(manifest, where)
+    for name, form in _MANIFEST_PARTS.items():
+        _check_form(_object(manifest[name], f"{where}.{name}"), form, f"{where}.{name}")
 
 
 def parse_checkpoint_key(instance: JsonObject, *, where: str) -> PublicKey:
-    """The one checkpoint key of an instance document.
+    """The one key of an instance document, which is read whole.
 
     Raises:
-        Malformed: not exactly one, or not that form.
+        Malformed: another version, other members than dcv/1 has, values of another kind, or not
+            exactly one checkpoint key.
     """
-    keys = [
-        one
-        for one in _list(instance, "keys", where)
-        if isinstance(one, dict) and one.get("role") == "checkpoint"
-    ]
-    if len(keys) != 1:
+    _check_form(instance, _INSTANCE, where)
+    _check_version(instance, where)
+    gpus = instance["gpus"]
+    if not isinstance(gpus, list) or len(gpus) > MAX_GPUS:
+        raise Malformed(f"{where}.gpus: expected at most {MAX_GPUS}", field=f"{where}.gpus")
+    for index, one in enumerate(gpus):
+        place = f"{where}.gpus[{index}]"
+        _check_form(_object(one, place), _GPU, place)
+    keys = _list(instance, "keys", where)
+    if len(keys) != 1 or _object(keys[0], f"{where}.keys[0]").get("role") != CHECKPOINT_ROLE:
         raise Malformed(f"{where}.keys: expected one checkpoint key", field=f"{where}.keys")
-    key = {name: keys[0][name] for name in keys[0] if name != "role"}
-    return _public_key(key, f"{where}.keys[0]")
+    place = f"{where}.keys[0]"
+    item = _object(keys[0], place)
+    return _public_key({name: item[name] for name in item if name != "role"}, place)
+
+
+def check_roles(keyset: Keyset, checkpoint_key: PublicKey, *, where: str) -> None:
+    """The checkpoint key is none of the keyset's keys, by name or by value: one role per key.
+
+    Raises:
+        Malformed: it is.
+    """
+    _check_one_role_each((checkpoint_key, *keyset.receipt_keys), keyset.tls, [], where)
+
+
+def _check_one_role_each(
+    keys: tuple[PublicKey, ...], tls: tuple[bytes, ...], e2ee: list[JsonValue], where: str
+) -> None:
+    """Key ids and keys differ pairwise; a TLS key may be listed for two domains."""
+    others = [one for one in e2ee if isinstance(one, dict)]
+    names = [key.key_id for key in keys]
+    values: list[JsonValue] = [key.raw.hex() for key in keys]
+    doubled = (
+        len(set(names)) != len(names)
+        or len({key.raw for key in keys}) != len(keys)
+        or any(key.spki_sha256 in tls for key in keys)
+        or any(one.get("key_id") in names or one.get("public_key") in values for one in others)
+    )
+    if doubled:
+        raise Malformed(f"{where}: expected every key once, in one role", field=where)
+
+
+def _is_known(value: JsonValue, where: str) -> bool:
+    return _text(_object(value, where), "algo", where) == ALGORITHM
 
 
 def _public_key(value: JsonValue, where: str) -> PublicKey:
     item = _object(value, where)
     _members(item, {"key_id", "algo", "public_key"}, where)
-    if item["algo"] != "ed25519":
-        raise Malformed(f"{where}.algo: expected ed25519", field=f"{where}.algo")
+    if item["algo"] != ALGORITHM:
+        raise Malformed(f"{where}.algo: expected {ALGORITHM}", field=f"{where}.algo")
     raw = decode_hex(_text(item, "public_key", where), field=f"{where}.public_key", length=32)
     return PublicKey(_text(item, "key_id", where), raw)
+
+
+def _tls_key(value: JsonValue, where: str) -> bytes:
+    key = _object(value, where)
+    _members({name: key[name] for name in key if name != "domain"}, {"spki_sha256"}, where)
+    return decode_hex(_text(key, "spki_sha256", where), field=where, length=32)
+
+
+# ------------------------------------------------------------------------------- forms of values
+
+
+def _is_text(value: JsonValue, where: str) -> None:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise Malformed(f"{where}: expected text of at most {MAX_TEXT} characters", field=where)
+
+
+def _is_digest(value: JsonValue, where: str) -> None:
+    parse_sha256(value if isinstance(value, str) else "", field=where)
+
+
+def _is_hash(value: JsonValue, where: str) -> None:
+    decode_hex(value if isinstance(value, str) else "", field=where, length=32)
+
+
+def _is_flag(value: JsonValue, where: str) -> None:
+    if not isinstance(value, bool):
+        raise Malformed(f"{where}: expected true or false", field=where)
+
+
+def _is_count(value: JsonValue, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise Malformed(f"{where}: expected a whole number", field=where)
+
+
+def _is_anything(value: JsonValue, where: str) -> None:
+    """Read by whoever called."""
+
+
+_Check: TypeAlias = Callable[[JsonValue, str], None]
+_Form: TypeAlias = Mapping[str, tuple[_Check, bool]]
+"""By a member's name: what its value is, and whether it may be unknown (null)."""
+
+_MANIFEST: _Form = {
+    "api_version": (_is_text, False),
+    "image": (_is_anything, False),
+    "model": (_is_anything, False),
+    "engine": (_is_anything, False),
+    "policy_digest": (_is_digest, False),
+}
+_MANIFEST_PARTS: Mapping[str, _Form] = {
+    "image": {
+        "version": (_is_text, True),
+        "commit": (_is_text, True),
+        "roothash": (_is_text, True),
+    },
+    "model": {
+        "id": (_is_text, True),
+        "revision": (_is_text, True),
+        "digest": (_is_digest, True),
+        "tokenizer_digest": (_is_digest, True),
+        "chat_template_digest": (_is_digest, True),
+    },
+    "engine": {
+        "name": (_is_text, True),
+        "version": (_is_text, True),
+        "settings_digest": (_is_digest, True),
+        "dtype": (_is_text, True),
+        "deterministic": (_is_flag, True),
+        "random_seed": (_is_count, True),
+    },
+}
+_INSTANCE: _Form = {
+    "api_version": (_is_text, False),
+    "gpus": (_is_anything, False),
+    "keys": (_is_anything, False),
+    "operator_input_digest": (_is_digest, True),
+}
+_GPU: _Form = {
+    "scheme": (_is_text, False),
+    "device_cert_sha256": (_is_hash, False),
+    "ueid": (_is_text, True),
+}
+
+
+def _check_form(item: JsonObject, form: _Form, where: str) -> None:
+    _members(item, set(form), where)
+    for name, (check, nullable) in form.items():
+        if not (nullable and item[name] is None):
+            check(item[name], f"{where}.{name}")
+
+
+def _check_version(item: JsonObject, where: str) -> None:
+    if item["api_version"] != API_VERSION:
+        place = f"{where}.api_version"
+        raise Malformed(f"{place}: expected {API_VERSION}", field=place)
 
 
 def _object(value: JsonValue, where: str) -> JsonObject:

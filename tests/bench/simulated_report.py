@@ -41,8 +41,21 @@ async def _make(count: int) -> Report:
     policy: JsonObject = {"gpus": POLICY.gpus}
     manifest = workload_manifest(
         image={"version": "0", "commit": None, "roothash": None},
-        model={"id": "m", "digest": None},
-        engine={"name": "sglang", "settings_digest": None, "deterministic": True},
+        model={
+            "id": "m",
+            "revision": None,
+            "digest": None,
+            "tokenizer_digest": None,
+            "chat_template_digest": None,
+        },
+        engine={
+            "name": "sglang",
+            "version": None,
+            "settings_digest": None,
+            "dtype": None,
+            "deterministic": True,
+            "random_seed": None,
+        },
         policy=policy,
     )
     # A device and its leaf are the same whatever it reports.
@@ -59,7 +72,7 @@ async def _make(count: int) -> Report:
             }
             for leaf, device, *_ in known
         ],
-        checkpoint_key=PublicKey("checkpoint", bytes(32)),
+        checkpoint_key=PublicKey("checkpoint", bytes(31) + b"\x01"),
         operator_input_digest=None,
     )
     keyset = Keyset(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.utils import CryptographyDeprecationWarning
@@ -49,6 +50,7 @@ from tests.fakes.amd_evidence import (
     chip_key,
     der_integer,
     revocation_list,
+    rsa_key,
     sign_report,
 )
 from tests.vectors_dir import VECTORS, needs_vectors
@@ -344,19 +346,73 @@ def load_serial(der: bytes) -> int:
 
 def test_a_list_is_amds_own_in_time_and_well_formed() -> None:
     roots = amd_roots("Milan")
-    with pytest.raises(Unauthentic, match="crl"):
+    with pytest.raises(Unauthentic, match="CRL"):
         claims_of(Guest(), crl=revocation_list(roots, realm="test SEV-Milan"))
-    with pytest.raises(Unauthentic, match="crl"):
+    with pytest.raises(Unauthentic, match="CRL"):
         claims_of(Guest(), crl=revocation_list(amd_roots("Genoa")))
-    with pytest.raises(Unauthentic, match="crl"):
+    with pytest.raises(Unauthentic, match="CRL"):
         claims_of(Guest(), crl=revocation_list(roots, name=roots.ask.subject))
-    with pytest.raises(Stale, match="crl"):
+    with pytest.raises(Stale, match="CRL"):
         claims_of(Guest(), crl=revocation_list(roots, end=NOW - DAY))
-    with pytest.raises(Stale, match="crl"):
+    with pytest.raises(Stale, match="CRL"):
         claims_of(Guest(), crl=revocation_list(roots, start=NOW + DAY))
     for junk in (b"", b"0", b"\0" * ((1 << 20) + 1)):
-        with pytest.raises(Malformed, match="crl"):
+        with pytest.raises(Malformed, match="CRL"):
             claims_of(Guest(), crl=junk)
+
+
+@pytest.mark.parametrize("version", [0, 2, 3, 0x7F, 0x80, 0xFF])
+def test_a_revocation_list_of_another_version_is_malformed(version: int) -> None:
+    """`cryptography` says so with `InvalidVersion`, which is no ValueError."""
+    guest = Guest()
+    whole = bytearray(revocation_list(guest.roots))
+    place = whole.index(b"\x02\x01\x01")  # TBSCertList begins with its version, v2
+    whole[place + 2] = version
+    with pytest.raises(Malformed, match="CRL"):
+        claims_of(guest, crl=bytes(whole))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_altered_revocation_list_is_refused_and_never_a_defect(seed: int) -> None:
+    source, guest = random.Random(seed), Guest()
+    vek, whole = load_vek(guest.vek()), revocation_list(guest.roots, [0x777])
+    for _ in range(200):
+        altered = bytearray(whole)
+        place = source.randrange(len(altered))
+        altered[place] ^= 1 << source.randrange(8)
+        with pytest.raises((Malformed, Unauthentic)):
+            authenticate_report(
+                guest.raw_report(),
+                vek=vek,
+                authorities=(),
+                crl=bytes(altered),
+                roots=ALL_ROOTS,
+                at=NOW,
+            )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "extension"),
+    [
+        (hashes.SHA384(), x509.DeltaCRLIndicator(1)),
+        (hashes.SHA224(), None),
+    ],
+)
+def test_a_partial_or_weakly_signed_revocation_list_is_refused(
+    algorithm: hashes.SHA224 | hashes.SHA384, extension: x509.ExtensionType | None
+) -> None:
+    guest = Guest()
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(guest.roots.ark.subject)
+        .last_update(START)
+        .next_update(END)
+    )
+    if extension is not None:
+        builder = builder.add_extension(extension, critical=True)
+    signed = builder.sign(rsa_key(f"{guest.realm} ARK-{guest.product}"), algorithm)
+    with pytest.raises(Unauthentic, match="CRL"):
+        claims_of(guest, crl=signed.public_bytes(Encoding.DER))
 
 
 # The serial number 0.

@@ -16,11 +16,12 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from appliance.config import Policy
 from appliance.endorsements.anchors import load_anchors
 from appliance.errors import EvidenceError, Malformed, Stale, Unauthentic, Unbound
-from appliance.rats.chain import der_of
+from appliance.rats.chain import authenticate_path, der_of, parse_der_certificate
 from appliance.rats.model import Anchors
 from appliance.rats.policy.tpm import appraise_azure_vtpm, appraise_tpm2
 from appliance.rats.reference import ImageReference
@@ -235,6 +236,93 @@ def test_a_certified_key_must_be_one_for_signatures(signs: bool) -> None:
             authentic(evidence)
 
 
+def ak_certificate(*extensions: tuple[x509.ExtensionType, bool]) -> bytes:
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name("ak"))
+        .issuer_name(AUTHORITY.name)
+        .public_key(AK.public_key())
+        .serial_number(7)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+    )
+    for extension, critical in extensions:
+        builder = builder.add_extension(extension, critical=critical)
+    return der_of(builder.sign(AUTHORITY.key, hashes.SHA256()))
+
+
+@pytest.mark.parametrize("critical", [False, True])
+@pytest.mark.parametrize(
+    ("purposes", "accepted"),
+    [
+        ((tpm2.AK_PURPOSE,), True),
+        ((ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,), True),
+        ((ExtendedKeyUsageOID.SERVER_AUTH, tpm2.AK_PURPOSE), True),
+        ((ExtendedKeyUsageOID.SERVER_AUTH,), False),
+        ((x509.ObjectIdentifier("2.23.133.8.1"),), False),  # tcg-kp-EKCertificate
+    ],
+)
+def test_a_certificate_that_names_purposes_must_name_the_attestation_keys(
+    purposes: tuple[x509.ObjectIdentifier, ...], accepted: bool, critical: bool
+) -> None:
+    certificate = ak_certificate((x509.ExtendedKeyUsage(purposes), critical))
+    evidence = tpm_evidence(parts={"ak_certificate": certificate})
+    if accepted:
+        assert authentic(evidence).report_data == NONCE
+    else:
+        with pytest.raises(Unauthentic, match=r"expected extended key usage 2\.23\.133\.8\.3"):
+            authentic(evidence)
+
+
+@pytest.mark.parametrize("ca", [True, False])
+def test_a_certificate_authoritys_key_signs_no_quotes(ca: bool) -> None:
+    constraints = x509.BasicConstraints(ca=ca, path_length=None)
+    evidence = tpm_evidence(parts={"ak_certificate": ak_certificate((constraints, True))})
+    if ca:
+        with pytest.raises(Unauthentic, match="no CA's"):
+            authentic(evidence)
+    else:
+        assert authentic(evidence).report_data == NONCE
+
+
+@pytest.mark.parametrize("critical", [False, True])
+def test_an_issuers_purposes_count_only_where_they_are_critical(critical: bool) -> None:
+    """Google's TPM CAs name tcg-kp-EKCertificate and issue attestation keys' certificates too."""
+    other = x509.ExtendedKeyUsage([x509.ObjectIdentifier("2.23.133.8.1")])
+    issuer = (
+        x509.CertificateBuilder()
+        .subject_name(INTERMEDIATE.name)
+        .issuer_name(AUTHORITY.name)
+        .public_key(INTERMEDIATE.key.public_key())
+        .serial_number(7)
+        .not_valid_before(NOW - DAY)
+        .not_valid_after(NOW + DAY)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(other, critical=critical)
+        .sign(AUTHORITY.key, hashes.SHA256())
+    )
+    evidence = replace(
+        tpm_evidence(authority=INTERMEDIATE), endorsements={"authorities": pem(issuer)}
+    )
+    if critical:
+        with pytest.raises(Unauthentic, match="expected extended key usage"):
+            authentic(evidence)
+    else:
+        assert authentic(evidence).report_data == NONCE
+
+
+@pytest.mark.parametrize("critical", [False, True])
+def test_a_purpose_that_nobody_reads_may_not_be_critical(critical: bool) -> None:
+    certificate = ak_certificate((x509.ExtendedKeyUsage([tpm2.AK_PURPOSE]), critical))
+    path = [parse_der_certificate(certificate, field="ak")]
+    roots = [AUTHORITY.certificate]
+    if critical:
+        with pytest.raises(Unauthentic, match=r"unknown critical extension 2\.5\.29\.37"):
+            authenticate_path(path, roots=roots, at=NOW, what="test")
+    else:
+        assert len(authenticate_path(path, roots=roots, at=NOW, what="test")) == 2
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -348,6 +436,15 @@ def test_a_hash_with_more_behind_it_is_not_the_hash() -> None:
     hardware = GUEST.guest.but(report={0x50: bound}).raw_report()
     with pytest.raises(Unbound):
         azure(GUEST.evidence(hcl_report=hcl_report(hardware, claims)))
+
+
+def test_an_azure_machines_revocation_list_of_another_version_is_malformed() -> None:
+    crl = revocation_list(GUEST.guest.roots)
+    place = crl.index(b"\x02\x01\x01")
+    evidence = GUEST.evidence()
+    altered = {"crl": crl[: place + 2] + b"\x02" + crl[place + 3 :]}
+    with pytest.raises(Malformed, match="CRL"):
+        azure(replace(evidence, endorsements={**evidence.endorsements, **altered}))
 
 
 def test_what_is_missing_is_named() -> None:

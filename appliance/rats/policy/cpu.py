@@ -11,6 +11,9 @@ from appliance.rats.result import Finding, Tier
 
 REPORT_DATA_BYTES = 64
 
+NOT_COMPARED = "authentic, not compared"
+"""What a finding got whose measurement had no reference value."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
@@ -55,7 +58,7 @@ class ReferenceValues:
                 Tier.WARNING,
                 f"{claims.scheme}.reference",
                 expected="reference values",
-                got="authentic, not compared",
+                got=NOT_COMPARED,
                 advice="Give the reference values of the image that should be running.",
             )
             return
@@ -71,7 +74,7 @@ class ReferenceValues:
                 Tier.WARNING,
                 f"{claims.scheme}.{name}",
                 expected="a reference value",
-                got="authentic, not compared",
+                got=NOT_COMPARED,
                 advice="Give the reference values of the image that should be running.",
             )
         elif got not in allowed:

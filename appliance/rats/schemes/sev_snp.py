@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.utils import CryptographyDeprecationWarning
 
-from appliance.errors import Malformed, Revoked, Stale, Unauthentic
-from appliance.rats import chain
+from appliance.errors import Revoked, Unauthentic
+from appliance.rats import chain, revocation
 from appliance.rats.model import AmdRoots
 from appliance.wire.canonical import JsonObject, JsonValue
 from appliance.wire.evidence import CpuEvidence
@@ -37,8 +37,6 @@ from appliance.wire.sev_snp import (
     parse_tcb,
     product_of,
 )
-
-MAX_CRL_BYTES = 1 << 20
 
 # 57230: the extensions of a VEK's certificate.
 _PRODUCT_NAME = "1.3.6.1.4.1.3704.1.2"
@@ -201,7 +199,7 @@ def authenticate_report(
     Raises:
         Malformed: the report, an extension or the revocation list does not parse.
         Unauthentic: the certificate is not AMD's, is about another product, chip, firmware or
-            kind of key than the report, or the signature is bad.
+            kind of key than the report, the signature is bad, or the list is not the ARK's.
         Revoked: AMD took the issuer of the certificate back.
         Stale: `at` is outside the validity of a certificate or of the revocation list.
     """
@@ -331,7 +329,7 @@ def _check_authority(authority: x509.Certificate, roots: tuple[AmdRoots, ...]) -
     for line in roots:
         try:
             authority.verify_directly_issued_by(line.ark)
-        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        except (*chain.UNREADABLE, InvalidSignature):
             continue
         return
     name = authority.subject.rfc4514_string()
@@ -386,26 +384,9 @@ def _check_revocation(
     path: tuple[x509.Certificate, ...], der: bytes, at: datetime.datetime
 ) -> None:
     """AMD's lists name intermediates: every VEK has the serial number 0, none can be named."""
-    if len(der) > MAX_CRL_BYTES:
-        raise Malformed(f"crl: expected at most {MAX_CRL_BYTES} bytes", field="crl")
-    try:
-        crl = x509.load_der_x509_crl(der)
-    except (ValueError, TypeError):
-        raise Malformed("crl: expected a DER revocation list", field="crl") from None
     _, issuer, ark = path
-    key = ark.public_key()
-    try:
-        signed = isinstance(key, rsa.RSAPublicKey) and crl.is_signature_valid(key)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        signed = False
-    if not signed or crl.issuer != ark.subject:
-        raise Unauthentic("crl: expected a revocation list that the ARK signed")
-    start, end = crl.last_update_utc, crl.next_update_utc
-    if end is None or not start <= at <= end:
-        raise Stale(
-            f"crl: valid from {start:%Y-%m-%d} to {end or start:%Y-%m-%d}, not at {at:%Y-%m-%d}"
-        )
-    if crl.get_revoked_certificate_by_serial_number(issuer.serial_number) is not None:
+    status = revocation.check_crl(der, certificate=issuer, issuer=ark, at=at)
+    if status.status is revocation.Revocation.REVOKED:
         raise Revoked(f"vek: AMD revoked its issuer `{issuer.subject.rfc4514_string()}`")
 
 

@@ -14,13 +14,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_public_key
 
 from appliance.errors import Malformed, Unauthentic, Unbound
-from appliance.rats.chain import authenticate_path, parse_der_certificate, parse_pem_chain
+from appliance.rats.chain import (
+    UNREADABLE,
+    authenticate_path,
+    parse_der_certificate,
+    parse_pem_chain,
+)
 from appliance.wire.canonical import JsonObject
 from appliance.wire.event_log import Event, parse_event_log, replay
 from appliance.wire.evidence import CpuEvidence
@@ -36,6 +41,13 @@ from appliance.wire.tpm import (
 )
 
 BANK = "sha256"
+
+AK_PURPOSE = x509.ObjectIdentifier("2.23.133.8.3")
+"""tcg-kp-AIKCertificate (TCG, Credential Profiles, "extended key usage"): an attestation key's
+certificate that names purposes names this one. Not every vendor names any: of a Google VM's
+certificates the attestation key's has the key usage digitalSignature, the endorsement key's
+keyEncipherment, and neither has an extended key usage; their CAs name tcg-kp-EKCertificate."""
+
 MAX_KEY_FILE_BYTES = 64 << 10
 MIN_RSA_BITS = 2048
 
@@ -113,8 +125,8 @@ def authenticate(
 
     Raises:
         Malformed: a part that does not parse.
-        Unauthentic: no root is pinned, the chain does not lead to one, the key may not sign, or
-            the signature is not the key's.
+        Unauthentic: no root is pinned, the chain does not lead to one, the key is certified for
+            something else, or the signature is not the key's.
         Stale: a certificate is outside its validity.
         Unbound: the PCR values are not those that were quoted, or the log does not give them.
     """
@@ -126,7 +138,8 @@ def authenticate(
     leaf = parse_der_certificate(evidence.parts["ak_certificate"], field="ak_certificate")
     authorities = evidence.endorsements.get("authorities", b"")
     issuers = parse_pem_chain(authorities, field="authorities") if authorities else ()
-    authenticate_path((leaf, *issuers), roots=roots, at=at, what="tpm2 attestation key")
+    what = "tpm2 attestation key"
+    authenticate_path((leaf, *issuers), roots=roots, at=at, what=what, purpose=AK_PURPOSE)
     _check_may_sign(leaf)
     # 2. The quote, by that key.
     return authenticate_parts(evidence.parts, key_of(leaf))
@@ -283,7 +296,7 @@ def key_of(certificate: x509.Certificate) -> PublicKey:
     """
     try:
         return _supported(certificate.public_key())
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise Malformed("ak: expected a public key", field="ak") from None
 
 
@@ -314,7 +327,7 @@ def _verify(how: Signature, message: bytes, key: PublicKey) -> None:
                 key.verify(how.value, message, ec.ECDSA(digest))
             case _:
                 raise Unauthentic(f"tpm2: signature: {how.algorithm} is not of this key's kind")
-    except (InvalidSignature, ValueError):
+    except (*UNREADABLE, InvalidSignature):
         raise Unauthentic("tpm2: signature: not the attestation key's over this quote") from None
 
 
@@ -330,13 +343,14 @@ def _possible(number: int, value: bytes) -> tuple[bytes, ...]:
 
 
 def _check_may_sign(certificate: x509.Certificate) -> None:
-    """RFC 5280 4.2.1.3: with a key usage, signatures need digitalSignature."""
-    try:
-        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
-    except x509.ExtensionNotFound:
-        return
-    if not usage.digital_signature:
-        raise Unauthentic("tpm2: attestation key: expected key usage digitalSignature")
+    """RFC 5280 4.2.1.3: with a key usage, signatures need digitalSignature. A CA's key signs
+    certificates and no quotes (TCG, Credential Profiles: "CA" is false)."""
+    for extension in certificate.extensions:
+        match extension.value:
+            case x509.KeyUsage(digital_signature=False):
+                raise Unauthentic("tpm2: attestation key: expected key usage digitalSignature")
+            case x509.BasicConstraints(ca=True):
+                raise Unauthentic("tpm2: attestation key: expected a certificate that is no CA's")
 
 
 def _supported(key: object) -> PublicKey:
@@ -350,5 +364,5 @@ def _supported(key: object) -> PublicKey:
 def _loaded(load: Callable[[bytes], object], data: bytes) -> object:
     try:
         return load(data)
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise Malformed("ak: expected a public key", field="ak") from None
