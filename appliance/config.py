@@ -218,6 +218,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
         body_s: the whole request body.
         write_s: one write to a client that does not read.
         heartbeat_s: silence in a stream after which `: ping` is sent.
+        checkpoint_s: between two signed checkpoints of a stream that asks for them.
         engine_first_event_s: from forwarding to the engine's first byte (queueing included).
         engine_idle_s: between two reads from the engine once it has begun to answer.
         generation_s: a whole answer that is not streamed: the engine is silent until its end.
@@ -242,6 +243,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     body_s: Seconds = 60.0
     write_s: Seconds = 20.0
     heartbeat_s: Seconds = 15.0
+    checkpoint_s: Seconds = 10.0
     engine_first_event_s: Seconds = 600.0
     engine_idle_s: Seconds = 120.0
     generation_s: Seconds = 3600.0
@@ -263,7 +265,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         random_seed: the server-wide seed.
         tensor_parallel, data_parallel: GPUs per replica, replicas.
         context_length: tokens; null takes the model's own.
-        memory_fraction: of the device's memory for weights and KV cache; null lets it choose.
+        memory_fraction: of the device's memory for weights and KV cache; null lets it choose, and is half
+            on a CPU.
         max_running_requests, max_total_tokens: scheduler bounds; null lets it choose.
         stream_interval: tokens per streamed event.
         tool_call_parser, reasoning_parser: SGLang's names of what turns this model's own notation

@@ -16,29 +16,39 @@ from dataclasses import dataclass, replace
 
 from appliance.errors import Malformed, Stale, Unbound
 from appliance.rats import binding
-from appliance.rats.appraise import Context, check_instance
-from appliance.rats.gpus import GpuStatement, appraise_gpus, named, together
-from appliance.rats.result import AttestationResult, Finding, Tier, conclude
-from appliance.wire.canonical import JsonObject, JsonValue, parse_json_object
-from appliance.wire.commitments import labelled_hash, request_commitment
+from appliance.rats.appraise import MAX_KEYSET_S, Context, check_instance
+from appliance.rats.checkpoints import check_checkpoints
+from appliance.rats.forwarded import check_forwarded, check_rewrites, read_request
+from appliance.rats.gpus import GpuStatement, appraise_gpus, named, summary, together
+from appliance.rats.result import SEVERITY, AttestationResult, Finding, Tier, conclude
+from appliance.wire.canonical import (
+    JsonObject,
+    JsonValue,
+    canonical_json,
+    parse_json_object,
+)
+from appliance.wire.commitments import completion_commitment_of, request_commitment
 from appliance.wire.encoding import format_sha256
 from appliance.wire.epoch import EpochEvidence
 from appliance.wire.evidence import GpuEvidence
 from appliance.wire.identity import PublicKey, split_subject
-from appliance.wire.output import Output, output_of_answer, output_of_stream
+from appliance.wire.openai import Endpoint, InferenceRequest, endpoint_of
+from appliance.wire.output import Output, output_of_answer, read_stream
 from appliance.wire.receipt import (
     MAX_BODY_NESTING,
     EventLog,
     GpuAttested,
     Receipt,
-    forwarded_bytes,
-    forwarded_hash,
     read_events,
     verify_signature,
 )
 from appliance.wire.report import GpuSection, Report
+from appliance.wire.sse import DONE_EVENT
 
 SCHEME = "receipt"
+
+CLOCK_SKEW_S = 5 * 60
+"""Of two clocks, or of one that was set meanwhile; that of section 9, step 7."""
 
 CONTENT_ADVICE = "Give the bytes themselves: save the bundle with its content."
 EPOCH_ADVICE = "Ask the appliance for the epoch that the receipt cites, and keep it."
@@ -78,13 +88,15 @@ def appraise_exchange(exchange: Exchange, *, report: Report, context: Context) -
     _same("receipt.workload_keyset_digest", report.keyset_digest, receipt.keyset_digest)
     verify_signature(receipt.document, _receipt_key(report, receipt.key_id))
     log = read_events(receipt)
+    endpoint = _check_envelope(receipt, log, report)
+    _check_times(receipt, log, report, context.at)
     # 10.2 What was asked and what was answered, byte for byte.
     _check_bodies(exchange, log)
-    # 10.3 What the engine got follows from what was asked, and the engine is the one that the
-    #      report proves.
-    _check_forwarded(exchange, log, report)
-    # 10.4 What the answer says, however it was cut into events.
-    _check_output(exchange, log)
+    # 10.3 What the engine got follows from what was asked by the published rules, and the engine
+    #      is the one that the report proves.
+    wanted = _check_asked(exchange, log, endpoint, report)
+    # 10.4 What the answer says, however it was cut into events, and that it is all of it.
+    _check_answer(exchange, log, endpoint, wanted)
     # 10.5 The request is committed to, and so is the nonce of whoever asked.
     _check_commitment(exchange, log)
     # 10.6 Evidence: the commitment is in an epoch of this keyset, and the GPUs of the instance
@@ -92,7 +104,7 @@ def appraise_exchange(exchange: Exchange, *, report: Report, context: Context) -
     cited = [one for one in (log.admission, log.completion) if one is not None]
     epochs = _by_digest(exchange.epochs, cited)
     parts: dict[str, AttestationResult] = {}
-    findings = list(_missing(exchange, log, cited))
+    findings = [*_missing(exchange, log, cited), *_contradicted(cited)]
     for event in cited:
         _check_inclusion(event, log, report)
         epoch = epochs.get(event.evidence_digest)
@@ -100,10 +112,17 @@ def appraise_exchange(exchange: Exchange, *, report: Report, context: Context) -
             continue
         gpus = _appraise_epoch(event, epoch, report, context)
         findings += together(gpus)
+        findings += _better_word(event, summary(gpus).verdict)
         parts |= {f"{event.phase} {name}": result for name, result in named(gpus).items()}
-    # 10.7 How it ended, by the appliance's word.
+    # 10.7 What the answer says of itself: signed by the other key, about the same bytes.
+    claims = _claims(receipt, log)
+    if exchange.response is not None:
+        claims["checkpoints"] = check_checkpoints(
+            exchange.response, receipt=receipt, log=log, report=report
+        )
+    # 10.8 How it ended, by the appliance's word.
     findings += _outcome_findings(log)
-    return conclude(_claims(receipt, log), findings, parts)
+    return conclude(claims, findings, parts)
 
 
 def _receipt_key(report: Report, key_id: str) -> PublicKey:
@@ -128,44 +147,166 @@ def _check_bodies(exchange: Exchange, log: EventLog) -> None:
             )
 
 
-def _check_forwarded(exchange: Exchange, log: EventLog, report: Report) -> None:
-    if log.engine is None or log.forwarded is None:
-        return
-    workload, _ = split_subject(report.keyset.subject)
-    _same("dcv.engine.workload_digest", workload, log.engine.workload_digest)
-    if exchange.request is None:
-        return
-    request = exchange.request
-    try:
-        made = forwarded_hash(forwarded_bytes(request, one) for one in log.engine.rewrite)
-    except Malformed as error:  # the request's hash is right, so this log cannot be about it
-        raise Unbound(f"dcv.engine.rewrite: it does not fit the request: {error.message}") from None
-    _same("request.forwarded.body_hash", made, log.forwarded.body_hash)
+def _check_envelope(receipt: Receipt, log: EventLog, report: Report) -> Endpoint:
+    """What every answer is: a POST to a path that is served, from the model that is. Returns what
+    is served there."""
+    if receipt.method != "POST":
+        raise Unbound(f"receipt.method: expected POST, got {receipt.method[:64]}")
+    endpoint = endpoint_of(receipt.endpoint)
+    if endpoint is None:
+        raise Unbound("receipt.endpoint: expected the path of an inference endpoint")
+    # Both are known from the moment when a request was understood, and it is not forwarded before.
+    if log.forwarded is not None and (receipt.model is None or receipt.chat_id is None):
+        raise Unbound("receipt: expected model and chat_id of a request that was forwarded")
+    served = _manifest(report, "model").get("id")
+    if receipt.model is not None and receipt.model != served:
+        raise Unbound(f"receipt.model: expected {served}, got {receipt.model}")
+    return endpoint
 
 
-def _check_output(exchange: Exchange, log: EventLog) -> None:
-    if exchange.response is None or log.output is None or log.output.output_digest is None:
-        return
-    try:
-        output = _output_of(exchange.response)
-        digest = output.digest
-    except Malformed as error:
-        raise Unbound(f"dcv.output: the response is no answer: {error.message}") from None
-    _same("dcv.output.output_digest", digest, log.output.output_digest)
-    if output.finish_reasons != log.output.finish_reasons:
-        raise Unbound(
-            f"dcv.output.finish_reasons: expected {list(output.finish_reasons)}, "
-            f"got {list(log.output.finish_reasons)}"
+def _check_times(receipt: Receipt, log: EventLog, report: Report, at: datetime.datetime) -> None:
+    """Word of the appliance, but not any: nothing happens before its keyset, the answer not before
+    its evidence, and not later than it is looked at.
+
+    A stream may outlive its keyset's `not_after`; what was collected before it was, see
+    `_check_inclusion`.
+    """
+    since = report.keyset.not_after - MAX_KEYSET_S
+    collected = [one.collected_at for one in (log.admission, log.completion) if one is not None]
+    if min([receipt.served_at, *collected]) < since:
+        raise Stale(f"receipt: expected times of its keyset, which is not older than {since}")
+    if max(collected, default=0) > receipt.served_at + CLOCK_SKEW_S:
+        raise Stale(
+            f"receipt.served_at: expected after its evidence of {max(collected)}, "
+            f"got {receipt.served_at}"
+        )
+    if receipt.served_at > at.timestamp() + CLOCK_SKEW_S:
+        raise Stale(
+            f"receipt.served_at: expected not after {at.timestamp():.0f}, got {receipt.served_at}"
         )
 
 
-def _output_of(response: bytes) -> Output:
-    """Of a stream or of a whole answer: an event never begins with a brace."""
+def _check_asked(
+    exchange: Exchange, log: EventLog, endpoint: Endpoint, report: Report
+) -> InferenceRequest | None:
+    """Returns what was asked; None where nothing was forwarded, or the request is not at hand."""
+    receipt, engine = exchange.receipt, log.engine
+    if engine is None or log.forwarded is None:
+        return None
+    workload, _ = split_subject(report.keyset.subject)
+    _same("dcv.engine.workload_digest", workload, engine.workload_digest)
+    promised = _manifest(report, "engine").get("deterministic") is True
+    if engine.deterministic is not promised:
+        raise Unbound(
+            f"dcv.engine.deterministic: expected the manifest's {promised}, "
+            f"got {engine.deterministic}"
+        )
+    response_id = str(receipt.chat_id)  # a text, see `_check_envelope`
+    check_rewrites(engine, endpoint, response_id)
+    if exchange.request is None:
+        return None
+    wanted = read_request(exchange.request, endpoint)
+    if wanted.model != receipt.model:
+        raise Unbound(f"receipt.model: expected {wanted.model}, got {receipt.model}")
+    check_forwarded(wanted, engine, response_id, log.forwarded.body_hash)
+    return wanted
+
+
+def _manifest(report: Report, name: str) -> JsonObject:
+    part = report.workload.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _check_answer(
+    exchange: Exchange, log: EventLog, endpoint: Endpoint, wanted: InferenceRequest | None
+) -> None:
+    """There is an output only of an answer that is complete."""
+    response, told = exchange.response, log.output
+    if told is None or log.engine is None:
+        return
+    choices = len(log.engine.rewrite)
+    if told.output_digest is not None and len(told.finish_reasons) != choices:
+        raise Unbound(
+            f"dcv.output.finish_reasons: expected {choices}, one per choice, "
+            f"got {len(told.finish_reasons)}"
+        )
+    if response is None:
+        return
+    streamed = _is_stream(response)
+    if wanted is not None and wanted.stream is not streamed:
+        expected, got = ("a stream", "none") if wanted.stream else ("no stream", "one")
+        raise Unbound(f"response: expected {expected}, as it was asked for, got {got}")
+    ended = response.endswith(DONE_EVENT) and response.count(DONE_EVENT) == 1
+    if streamed and log.ended.outcome == "complete" and not ended:
+        raise Unbound("response: expected [DONE] once and last in a stream that is complete")
+    if told.output_digest is None:
+        return
+    try:
+        answer = read_answer(response)
+        digest = answer.output.digest
+    except Malformed as error:
+        raise Unbound(f"dcv.output: the response is no answer: {error.message}") from None
+    _same("dcv.output.output_digest", digest, told.output_digest)
+    if answer.output.finish_reasons != told.finish_reasons:
+        raise Unbound(
+            f"dcv.output.finish_reasons: expected {list(answer.output.finish_reasons)}, "
+            f"got {list(told.finish_reasons)}"
+        )
+    _check_form(answer, exchange.receipt, endpoint)
+
+
+def _check_form(answer: Answer, receipt: Receipt, endpoint: Endpoint) -> None:
+    """A whole answer of this endpoint, under the receipt's name for it."""
+    if not answer.ended:
+        raise Unbound("response: expected no error in an answer that is complete")
+    member = "message" if endpoint is Endpoint.CHAT else "text"
+    if not all(member in choice for choice in answer.output.choices):
+        raise Unbound(f"response: expected choices with a {member}, as {receipt.endpoint} gives")
+    if answer.ids - {receipt.chat_id}:
+        raise Unbound(f"receipt.chat_id: expected the id of the answer, got {receipt.chat_id}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the content bytes of an answer say.
+
+    Attributes:
+        ids: every `id` that it names itself by.
+        ended: it tells no error; a stream ends with `[DONE]`, which is there once.
+    """
+
+    output: Output
+    ids: frozenset[str]
+    ended: bool
+
+
+def read_answer(response: bytes) -> Answer:
+    """Of a stream or of a whole answer.
+
+    Raises:
+        Malformed: they are no answer.
+    """
     bound = len(response)  # a text is no longer than its JSON
-    if response.lstrip().startswith(b"{"):
-        answer = parse_json_object(response, max_nesting=MAX_BODY_NESTING)
-        return output_of_answer(answer, max_bytes=bound)
-    return output_of_stream(response, max_bytes=bound)
+    if _is_stream(response):
+        read = read_stream(response, max_bytes=bound)
+        return Answer(read.output, read.ids, read.ended)
+    answer = parse_json_object(response, max_nesting=MAX_BODY_NESTING)
+    ids = frozenset([str(answer["id"])] if "id" in answer else [])
+    return Answer(output_of_answer(answer, max_bytes=bound), ids, "error" not in answer)
+
+
+def output_of_response(response: bytes) -> Output:
+    """What the content bytes of an answer say.
+
+    Raises:
+        Malformed: they are no answer.
+    """
+    return read_answer(response).output
+
+
+def _is_stream(response: bytes) -> bool:
+    """An event never begins with a brace."""
+    return not response.lstrip().startswith(b"{")
 
 
 def _check_commitment(exchange: Exchange, log: EventLog) -> None:
@@ -189,15 +330,45 @@ def _check_commitment(exchange: Exchange, log: EventLog) -> None:
 
 
 def _check_inclusion(event: GpuAttested, log: EventLog, report: Report) -> None:
-    commitment = log.committed.commitment
+    commitment, keyset_digest = log.committed.commitment, report.keyset_digest
+    not_after: int | None = report.keyset.not_after
     if event.core_sha256 is not None:
-        commitment = labelled_hash("dcv/1 completion", event.core_sha256)
-    binding.check_inclusion(event.inclusion, commitment, report.keyset_digest)
-    if not event.collected_at < report.keyset.not_after:
+        commitment = completion_commitment_of(event.core_sha256)
+        if event.inclusion.keyset_digest != keyset_digest:
+            keyset_digest = event.inclusion.keyset_digest
+            not_after = _renewed_not_after(report, keyset_digest, event.collected_at)
+    if not_after is None:
+        raise Unbound(
+            f"inclusion.keyset_digest: expected {format_sha256(report.keyset_digest)} or a later "
+            f"keyset with its subject and keys, got {format_sha256(keyset_digest)}"
+        )
+    binding.check_inclusion(event.inclusion, commitment, keyset_digest)
+    if not event.collected_at < not_after:
         raise Stale(
             f"dcv.gpu.attested.collected_at: expected before the keyset's not_after "
-            f"{report.keyset.not_after}, got {event.collected_at}"
+            f"{not_after}, got {event.collected_at}"
         )
+
+
+def _renewed_not_after(report: Report, digest: bytes, collected_at: int) -> int | None:
+    """`not_after` of the keyset of this digest, if that is the report's renewed: with the same
+    subject and keys (section 2). None if there is no such keyset.
+
+    A renewed keyset differs in nothing but `not_after`, a whole second within a day of when it was
+    current (section 9, step 7). So it needs not be at hand: one of the seconds has its digest.
+    """
+    document = report.keyset_document
+    head = {name: value for name, value in document.items() if name < "not_after"}
+    tail = {name: value for name, value in document.items() if name > "not_after"}
+    before = hashlib.sha256(canonical_json(head)[:-1] + b',"not_after":')
+    after = b"," + canonical_json(tail)[1:]
+    first = max(report.keyset.not_after, collected_at) + 1
+    for not_after in range(first, collected_at + MAX_KEYSET_S + 1):
+        tried = before.copy()
+        tried.update(b"%d" % not_after + after)
+        if tried.digest() == digest:
+            return not_after
+    return None
 
 
 def _by_digest(
@@ -206,7 +377,8 @@ def _by_digest(
     """The epochs by the digest under which they are cited.
 
     Raises:
-        Unbound: one is not cited, such as another exchange's.
+        Unbound: one is not cited, such as another exchange's, or is there twice, such as once
+            forged: of two only one would be looked at.
     """
     digests = [event.evidence_digest for event in cited]
     for epoch in epochs:
@@ -214,7 +386,10 @@ def _by_digest(
             expected = " or ".join(map(format_sha256, digests)) or "none"
             got = format_sha256(epoch.evidence_digest)
             raise Unbound(f"evidence_digest: expected {expected}, got {got}")
-    return {epoch.evidence_digest: epoch for epoch in epochs}
+    found = {epoch.evidence_digest: epoch for epoch in epochs}
+    if len(found) != len(epochs):
+        raise Unbound("evidence_digest: expected every epoch once, got one twice")
+    return found
 
 
 def _appraise_epoch(
@@ -263,12 +438,7 @@ def _missing(exchange: Exchange, log: EventLog, cited: list[GpuAttested]) -> Ite
         if event.evidence_digest not in known:
             digest = format_sha256(event.evidence_digest)
             yield _not_compared(f"{event.phase}_evidence", digest, EPOCH_ADVICE)
-    output = log.output
-    if (
-        output is not None
-        and output.output_digest is None
-        and "embeddings" not in (exchange.receipt.endpoint)
-    ):
+    if log.output is not None and log.output.output_digest is None:
         yield Finding(
             Tier.WARNING,
             "receipt.output_digest",
@@ -280,6 +450,32 @@ def _missing(exchange: Exchange, log: EventLog, cited: list[GpuAttested]) -> Ite
 
 def _not_compared(what: str, expected: str, advice: str) -> Finding:
     return Finding(Tier.WARNING, f"receipt.{what}", expected, "not compared", advice)
+
+
+def _contradicted(cited: Sequence[GpuAttested]) -> Iterator[Finding]:
+    """Evidence that the appliance itself found contraindicated admits nothing, and proves nothing
+    that was finished."""
+    for event in cited:
+        if event.verdict == Tier.CONTRAINDICATED:
+            yield Finding(
+                Tier.CONTRAINDICATED,
+                f"receipt.{event.phase}_verdict",
+                "evidence that the appliance let through",
+                event.verdict,
+                "Do not rely on this answer: the appliance went on against its own verdict.",
+            )
+
+
+def _better_word(event: GpuAttested, ours: Tier) -> Iterator[Finding]:
+    """The appliance had another policy, or says more than there is."""
+    if SEVERITY[Tier(event.verdict)] < SEVERITY[ours]:
+        yield Finding(
+            Tier.WARNING,
+            f"receipt.{event.phase}_verdict",
+            ours.value,
+            event.verdict,
+            "Rely on the findings about the evidence, not on the appliance's word about it.",
+        )
 
 
 def _outcome_findings(log: EventLog) -> Iterator[Finding]:
@@ -313,6 +509,8 @@ def _claims(receipt: Receipt, log: EventLog) -> JsonObject:
     }
     if log.admission is not None:
         claims["evidence_digest"] = format_sha256(log.admission.evidence_digest)
+    if log.completion is not None:
+        claims["completion_evidence_digest"] = format_sha256(log.completion.evidence_digest)
     if log.engine is not None:
         claims["workload_digest"] = format_sha256(log.engine.workload_digest)
         claims["seed"] = str(log.engine.seed)

@@ -67,12 +67,26 @@ class Attested:
 
 
 @dataclass(slots=True, eq=False)
-class _Member:
+class Member:
+    """Somebody in line for the next epoch, or in the one that is being formed."""
+
     kind: Kind
     commitment: bytes
     settled: trio.Event = field(default_factory=trio.Event)
     attested: Attested | None = None
     error: ApplianceError | None = None
+
+    async def wait(self) -> Attested:
+        """Wait for the share; cancelled, it can be waited for again.
+
+        Raises:
+            AttesterError, EvidenceError: as `Epochs.join`.
+        """
+        await self.settled.wait()
+        if self.error is not None:
+            raise self.error
+        assert self.attested is not None
+        return self.attested
 
 
 Collect = Callable[[bytes], Awaitable[tuple[GpuEvidence, ...]]]
@@ -113,7 +127,7 @@ class Epochs:
         self._withdraw = withdraw
         self._now = now
         self._log = log
-        self._waiting: list[_Member] = []
+        self._waiting: list[Member] = []
         self._wanted = trio.Event()
         self._ended: ApplianceError | None = None
         self.failures = 0
@@ -133,23 +147,33 @@ class Epochs:
             EvidenceError: the evidence does not hold; the appliance is withdrawing.
             Overloaded: too many wait.
         """
+        member = self.enter(kind, commitment)
+        try:
+            return await member.wait()
+        except trio.Cancelled:
+            self.leave(member)
+            raise
+
+    def enter(self, kind: Kind, commitment: bytes) -> Member:
+        """Stand in line, for whoever cannot wait in one go; `leave` ends that at any time.
+
+        Raises:
+            AttesterError, EvidenceError: there will be no further epoch.
+            Overloaded: too many wait.
+        """
         if self._ended is not None:
             raise self._ended
         if len(self._waiting) >= MAX_WAITING:
             raise Overloaded("too many are waiting for evidence", retry_after_s=1)
-        member = _Member(kind, commitment)
+        member = Member(kind, commitment)
         self._waiting.append(member)
         self._wanted.set()
-        try:
-            await member.settled.wait()
-        except trio.Cancelled:
-            if member in self._waiting:
-                self._waiting.remove(member)
-            raise
-        if member.error is not None:
-            raise member.error
-        assert member.attested is not None
-        return member.attested
+        return member
+
+    def leave(self, member: Member) -> None:
+        """No longer wait, if it still does. Idempotent."""
+        if member in self._waiting:
+            self._waiting.remove(member)
 
     def reuse(self, kind: Kind, *, unsafe_max_age_s: float) -> Attested | None:
         """The last epoch, for somebody whose commitment it does not cover, if it is not older than
@@ -183,7 +207,7 @@ class Epochs:
         finally:
             self._let_go(_ending() if self._ended is None else self._ended)
 
-    async def _serve(self, members: list[_Member]) -> None:
+    async def _serve(self, members: list[Member]) -> None:
         """One epoch, for members who may be gone when it ends."""
         error: ApplianceError | None = _ending()
         epoch = None
@@ -202,7 +226,7 @@ class Epochs:
                     member.attested = Attested(epoch, _inclusion(epoch, member, index))
                 member.settled.set()
 
-    async def _form(self, members: list[_Member]) -> Epoch:
+    async def _form(self, members: list[Member]) -> Epoch:
         # 1. The tree, and the nonce over its root.
         tree = MerkleTree.over([member.commitment for member in members])
         keyset_digest = self._keyset_digest()
@@ -262,7 +286,7 @@ def _ending() -> ApplianceError:
     return AttesterUnavailable("the appliance is ending")
 
 
-def _inclusion(epoch: Epoch, member: _Member, index: int) -> Inclusion:
+def _inclusion(epoch: Epoch, member: Member, index: int) -> Inclusion:
     return Inclusion(
         kind=member.kind,
         keyset_digest=epoch.keyset_digest,

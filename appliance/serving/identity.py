@@ -62,10 +62,22 @@ class Identity:
         """W, 32 bytes."""
         return digest_of(self.manifest)
 
+    @property
+    def subject(self) -> str:
+        """Of every keyset of this boot."""
+        return subject_of(self.workload_digest, digest_of(self.instance))
+
+    @property
+    def claims_determinism(self) -> bool:
+        """What the manifest, and with it every receipt, says of the engine."""
+        engine = self.manifest["engine"]
+        assert isinstance(engine, dict)
+        return engine["deterministic"] is True
+
     def keyset(self, *, not_after: int) -> Keyset:
         """The keyset that is valid until `not_after`, Unix seconds."""
         return Keyset(
-            subject=subject_of(self.workload_digest, digest_of(self.instance)),
+            subject=self.subject,
             not_after=not_after,
             receipt_keys=(self.receipt_key.public,),
             tls=(self.spki_sha256,),

@@ -16,7 +16,6 @@ from appliance.errors import (
     ApplianceError,
     BodyTooLarge,
     BodyTooSlow,
-    InternalError,
     InvalidRequest,
     MethodNotAllowed,
     Overloaded,
@@ -30,7 +29,7 @@ from appliance.web.health import HealthSource, add_health_routes
 from appliance.web.openai import CLEANUP, InferenceServices, add_inference_routes
 from appliance.web.openapi import add_openapi_route
 from appliance.web.peers import site_of
-from appliance.web.problem import problem
+from appliance.web.problem import defect, problem
 from appliance.web.well_known import add_well_known_routes
 
 
@@ -156,9 +155,9 @@ def create_app(
         return problem(_translate(error))
 
     async def unexpected(error: Exception) -> Response:
-        # A defect. Its text may quote the request, so only its type is told and logged.
+        # Its text may quote the request, so only its type is logged.
         log.error("request_defect", error=type(error).__name__, where=_innermost_line(error))
-        return problem(InternalError("the appliance failed on this request"))
+        return problem(defect())
 
     app.register_error_handler(ApplianceError, appliance_error)
     app.register_error_handler(HTTPException, http_error)

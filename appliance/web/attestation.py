@@ -27,7 +27,7 @@ from appliance.errors import (
     RateLimited,
     RouteNotFound,
 )
-from appliance.rats.presented import parse_presented, present
+from appliance.rats.presented import parse_presented
 from appliance.rats.result import AttestationResult, Tier
 from appliance.serving.auth import Authenticator
 from appliance.serving.epochs import Attested, Epochs
@@ -35,12 +35,12 @@ from appliance.serving.identity import Identity
 from appliance.serving.own_evidence import OwnEvidence
 from appliance.serving.receipts import ReceiptStore
 from appliance.serving.reports import Reports
+from appliance.serving.shown_evidence import shown_evidence
 from appliance.web.bodies import read_object
 from appliance.web.evidence import evidence_or_refusal
 from appliance.web.peers import site_of
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json
 from appliance.wire.commitments import generate_commitment
-from appliance.wire.eat import eat_claims, sign_eat
 from appliance.wire.encoding import decode_hex, format_sha256, parse_sha256
 from appliance.wire.openai import convert
 from appliance.wire.report import ACI_VERSION, MAX_GPUS
@@ -224,35 +224,10 @@ def generated_document(
     services: AttestationServices, attested: Attested, client_nonce: bytes
 ) -> JsonObject:
     """The answer of `generate`."""
-    epoch, identity = attested.epoch, services.identity
-    parts = list(epoch.result.submods.values())
-    nonce = attested.inclusion.nonce
-    claims = [part.claims for part in parts]
-    evidences: list[JsonValue] = [
-        present(gpu, chip=str(claim.get("chip", "")), nonce=nonce)
-        for gpu, claim in zip(epoch.gpus, claims, strict=True)
-    ]
-    told: list[JsonValue] = list(claims)
-    eat = sign_eat(
-        eat_claims(
-            nonce=nonce,
-            issued_at=int(services.now()),
-            verdict=epoch.result.verdict.value,
-            gpus=claims,
-            subject=services.reports.keyset.subject,
-        ),
-        key_id=identity.checkpoint_key.public.key_id,
-        sign=identity.checkpoint_key.sign,
-    )
     return {
-        "verified": epoch.result.verdict in (Tier.AFFIRMING, Tier.WARNING),
-        "evidences": evidences,
-        "claims": told,
-        "eat": eat,
+        **shown_evidence(attested, services.identity, issued_at=int(services.now())),
         "client_nonce": client_nonce.hex(),
-        "nonce": nonce.hex(),
-        "inclusion": attested.inclusion.to_json(),
-        "keyset_digest": format_sha256(epoch.keyset_digest),
+        "keyset_digest": format_sha256(attested.epoch.keyset_digest),
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
@@ -20,9 +21,25 @@ async def evidence_or_refusal(seconds: float, step: Callable[[], Awaitable[T]]) 
         Overloaded, RateLimited: too many wait.
     """
     try:
-        with trio.fail_after(seconds):
+        with evidence_refusals(), trio.fail_after(seconds):
             return await step()
     except trio.TooSlowError:
-        raise AttestationFailed(f"expected evidence within {seconds:g} s") from None
+        raise evidence_late(seconds) from None
+
+
+@contextmanager
+def evidence_refusals() -> Iterator[None]:
+    """What is wrong with evidence, as it is told; for whoever has a deadline of his own.
+
+    Raises:
+        AttestationFailed: it could not be had, or it does not hold.
+    """
+    try:
+        yield
     except (AttesterError, EvidenceError) as error:
         raise AttestationFailed(f"no evidence that holds: {error.code}") from error
+
+
+def evidence_late(seconds: float) -> AttestationFailed:
+    """What is told after so many seconds."""
+    return AttestationFailed(f"expected evidence within {seconds:g} s")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated
 
 import trio
 from msgspec import Meta, Struct
-from quart import Response, request
+from quart import Response, after_this_request, request
 from quart_trio import QuartTrio
 
 from appliance.config import MeasuredConfig
@@ -19,6 +19,7 @@ from appliance.errors import (
     ApplianceError,
     EngineError,
     EngineStreamFailed,
+    InternalError,
     InvalidRequest,
     Malformed,
     ModelNotFound,
@@ -36,20 +37,23 @@ from appliance.serving.metrics import (
     ExchangeMetrics,
     Metrics,
 )
-from appliance.serving.relay import collect_answer, event_source, forward
+from appliance.serving.relay import EventSource, collect_answer, event_source, forward
 from appliance.serving.tokenizing import ModelTokenizer
 from appliance.web.bodies import read_body, read_object
 from appliance.web.evidence import evidence_or_refusal
-from appliance.web.problem import error_body, problem
-from appliance.web.stream import EventStreamBody
+from appliance.web.problem import defect, error_body, problem
+from appliance.web.stream import EventStreamBody, ProvenStreamBody, StreamProof
 from appliance.wire.canonical import (
     MAX_SAFE_INTEGER,
     JsonObject,
     JsonValue,
     canonical_json,
 )
+from appliance.wire.checkpoint import checkpoint_chunk
+from appliance.wire.commitments import completion_commitment
 from appliance.wire.encoding import decode_hex
 from appliance.wire.openai import (
+    PREFIXES,
     ChoicePlan,
     Endpoint,
     InferenceRequest,
@@ -59,9 +63,6 @@ from appliance.wire.openai import (
     parse_request,
     plan_choices,
 )
-
-PREFIXES = ("/v1", "/~inference@1.0", "/~inference@1.0/v1")
-"""OpenAI's own, and those of the original DCV interface."""
 
 NONCE_BYTES = 32
 
@@ -145,6 +146,34 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
             app.add_url_rule(prefix + path, prefix + path, view, methods=[method])
 
 
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A request whose body was read, and what goes with it to its end.
+
+    Attributes:
+        raw: the wire body.
+        cleanup: run when the request is over, however it ended.
+    """
+
+    endpoint: Endpoint
+    tenant: Tenant
+    raw: bytes = field(repr=False)
+    cleanup: ExitStack
+    observed: ExchangeMetrics
+    record: ExchangeRecord
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """A request that was understood and admitted, with evidence that covers it."""
+
+    arrival: _Arrival
+    wanted: InferenceRequest
+    plans: tuple[ChoicePlan, ...]
+    exchange: Exchange
+    response_id: str
+
+
 async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     """One inference request, from its bytes to the beginning of its answer; counted, and once its
     body is there recorded, whatever becomes of it."""
@@ -164,7 +193,7 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     cleanup.callback(record.abandoned)
     try:
         response, streaming = await _infer(
-            endpoint, services, tenant, raw, cleanup, observed, record
+            services, _Arrival(endpoint, tenant, raw, cleanup, observed, record)
         )
     except ApplianceError as error:
         observed.end(error.code)
@@ -174,6 +203,9 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
         response = problem(error)
         record.write(canonical_json(error_body(error)))
         record.failed(error)
+    except Exception:  # a defect, which the application logs and answers; it was not the client
+        after_this_request(partial(_record_defect, observed, record))
+        raise
     else:
         if not streaming:
             observed.end(COMPLETE)
@@ -182,52 +214,53 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     return response
 
 
-async def _infer(
-    endpoint: Endpoint,
-    services: InferenceServices,
-    tenant: Tenant,
-    raw: bytes,
-    cleanup: ExitStack,
-    observed: ExchangeMetrics,
-    record: ExchangeRecord,
-) -> tuple[Response, bool]:
+async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Response, bool]:
     """The other steps of `infer`; also says whether the answer goes on as a stream."""
-    limits = services.config.limits
+    limits, record = services.config.limits, arrival.record
     # 3. Understand, every key or none.
     _client_nonce()
-    body = parse_body(raw, max_nesting=limits.max_nesting)
-    wanted = parse_request(endpoint, body, extra_keys=services.config.engine.extra_request_keys)
-    response_id = endpoint.id_prefix + services.random(16).hex()
+    body = parse_body(arrival.raw, max_nesting=limits.max_nesting)
+    extra_keys = services.config.engine.extra_request_keys
+    wanted = parse_request(arrival.endpoint, body, extra_keys=extra_keys)
+    response_id = arrival.endpoint.id_prefix + services.random(16).hex()
     _check_model(wanted.model, services)
     _check_transport(wanted)
+    wanted = replace(wanted, proof=wanted.proof.with_query(request.args.getlist("tee")))
     record.understood(wanted, response_id)
     plans = plan_choices(
         wanted,
         response_id=response_id,
         seed=int.from_bytes(services.random(7), "big") & MAX_SAFE_INTEGER,
-        cache_salt=cache_salt(services.cache_secret, tenant),
+        cache_salt=cache_salt(services.cache_secret, arrival.tenant),
         max_choices=limits.max_choices,
     )
     # 4. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
-    exchange = await services.admission.admit(tenant, places=len(plans))
-    cleanup.callback(exchange.release)
+    exchange = await services.admission.admit(arrival.tenant, places=len(plans))
+    arrival.cleanup.callback(exchange.release)
     # 5. Fresh evidence that covers this request, appraised before anything of it is forwarded.
     record.begin()
     attested = await _evidence(services, record)
     record.admitted(attested)
     # 6. Forward and relay.
     record.forwarded(wanted.body, plans)
+    admitted = _Admitted(arrival, wanted, plans, exchange, response_id)
     try:
         if wanted.stream:
-            streamed = await _stream(
-                services, wanted, plans, exchange, response_id, observed, record
-            )
-            return streamed, True
-        return await _complete(
-            services, wanted, plans, exchange, response_id, observed, record
-        ), False
+            return await _stream(services, admitted), True
+        return await _complete(services, admitted), False
     except EngineError as error:
         raise exchange.interrupted or error from error
+
+
+async def _record_defect(
+    observed: ExchangeMetrics, record: ExchangeRecord, response: Response
+) -> Response:
+    """What the application answers a defect with is what the receipt has."""
+    observed.end(InternalError.code)
+    record.write(await response.get_data(as_text=False))
+    record.failed(defect())
+    response.headers["X-Receipt-Id"] = record.receipt_id
+    return response
 
 
 async def _evidence(services: InferenceServices, record: ExchangeRecord) -> Attested:
@@ -263,64 +296,96 @@ def _client_nonce() -> bytes | None:
     raise InvalidRequest("X-DCV-Nonce: expected 64 lowercase hex digits, once")
 
 
-async def _complete(
-    services: InferenceServices,
-    wanted: InferenceRequest,
-    plans: tuple[ChoicePlan, ...],
-    exchange: Exchange,
-    response_id: str,
-    observed: ExchangeMetrics,
-    record: ExchangeRecord,
-) -> Response:
-    limits = services.config.limits
+async def _complete(services: InferenceServices, one: _Admitted) -> Response:
+    limits, record = services.config.limits, one.arrival.record
     try:
         with trio.fail_after(limits.generation_s):
-            responses = await forward(services.engine, wanted, plans, exchange, services.aborts)
-            answer = await collect_answer(responses, plans, limits, response_id=response_id)
-        exchange.complete()
+            responses = await forward(
+                services.engine, one.wanted, one.plans, one.exchange, services.aborts
+            )
+            answer = await collect_answer(responses, one.plans, limits, response_id=one.response_id)
+        one.exchange.complete()
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine took too long to answer") from None
-    observed.usage(answer.value.get("usage"))
-    record.answered(answer.data, answer.value)
-    return Response(answer.data, content_type="application/json")
+    one.arrival.observed.usage(answer.value.get("usage"))
+    record.answered(answer.value)
+    data = answer.data
+    if one.wanted.proof.at_end:
+        data = canonical_json({**answer.value, **await _proof(services, one)})
+    record.write(data)
+    return Response(data, content_type="application/json")
 
 
-async def _stream(
-    services: InferenceServices,
-    wanted: InferenceRequest,
-    plans: tuple[ChoicePlan, ...],
-    exchange: Exchange,
-    response_id: str,
-    observed: ExchangeMetrics,
-    record: ExchangeRecord,
-) -> Response:
+async def _proof(services: InferenceServices, one: _Admitted) -> JsonObject:
+    """The members that prove a whole answer.
+
+    Raises:
+        AttestationFailed: evidence that covers it was wanted, and could not be had or does not
+            hold; nothing of the answer goes out.
+        ApplianceError: the exchange was interrupted; this is the reason.
+    """
+    record, exchange = one.arrival.record, one.exchange
+    core = record.final_core()
+    if not one.wanted.proof.tee:
+        return record.final_members(core, None)
+    join = partial(services.epochs.join, "completion", completion_commitment(core.to_json()))
+    with trio.CancelScope() as waiting:
+        exchange.on_close(waiting.cancel)
+        attested = await evidence_or_refusal(services.evidence_s, join)
+        return record.final_members(core, attested)
+    assert exchange.interrupted is not None  # nothing else closes it while we are here
+    raise exchange.interrupted
+
+
+async def _stream(services: InferenceServices, one: _Admitted) -> Response:
     """The head waits for the engine's, so that its refusals keep their status; but no longer than
     a heartbeat, after which the client hears pings."""
-    limits = services.config.limits
+    limits, wanted = services.config.limits, one.wanted
     deadline = trio.current_time() + limits.engine_first_event_s
     try:
         with trio.fail_at(deadline):
-            responses = await forward(services.engine, wanted, plans, exchange, services.aborts)
+            responses = await forward(
+                services.engine, wanted, one.plans, one.exchange, services.aborts
+            )
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine did not take the request in time") from None
-    source = event_source(responses, plans, limits, response_id=response_id)
+    source = event_source(responses, one.plans, limits, response_id=one.response_id)
     with trio.move_on_after(limits.heartbeat_s):
         await source.start()
     response = Response(
-        EventStreamBody(
-            source,
-            exchange,
-            limits,
-            observed,
-            record,
-            first_deadline=deadline,
-            usage_asked=wanted.include_usage,
-        ),
+        _stream_body(services, one, source, first_deadline=deadline),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache"},
     )
     response.timeout = None  # Quart would cut the stream after 60 s, silently
     return response
+
+
+def _stream_body(
+    services: InferenceServices, one: _Admitted, source: EventSource, *, first_deadline: float
+) -> EventStreamBody:
+    wanted, arrival, limits = one.wanted, one.arrival, services.config.limits
+    parts = (source, one.exchange, limits, arrival.observed, arrival.record)
+    if not wanted.proof.wanted:
+        return EventStreamBody(
+            *parts, first_deadline=first_deadline, usage_asked=wanted.include_usage
+        )
+
+    def last_chunk(members: JsonObject) -> JsonObject:
+        return checkpoint_chunk(
+            object=wanted.endpoint.chunk_object,
+            response_id=one.response_id,
+            created=int(services.receipts.now()),
+            model=wanted.model,
+            members=members,
+        )
+
+    return ProvenStreamBody(
+        *parts,
+        first_deadline=first_deadline,
+        usage_asked=wanted.include_usage,
+        proof=StreamProof(wanted.proof, last_chunk, services.epochs, services.evidence_s),
+    )
 
 
 async def encode_tokens(services: InferenceServices) -> Response:
@@ -377,8 +442,6 @@ def _check_model(name: str, services: InferenceServices) -> None:
 
 
 def _check_transport(wanted: InferenceRequest) -> None:
-    if request.args.getlist("tee") not in ([], ["false"]):  # once, like a key of the body
-        raise UnsupportedFeature("tee: this appliance issues no receipts yet", param="tee")
     if wanted.stream and request.http_version == "1.0":
         # Without chunks the end of a broken stream looks like the end of a whole one.
         raise UnsupportedFeature("stream: expected HTTP/1.1 or HTTP/2", param="stream")
@@ -406,4 +469,4 @@ def _json(value: JsonObject) -> Response:
     return Response(canonical_json(value), content_type="application/json")
 
 
-__all__ = ["CLEANUP", "InferenceServices", "add_inference_routes", "infer"]
+__all__ = ["CLEANUP", "PREFIXES", "InferenceServices", "add_inference_routes", "infer"]

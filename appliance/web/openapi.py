@@ -133,7 +133,10 @@ def _operation(operation: _Operation, path: str, config: MeasuredConfig) -> Json
         model: JsonObject = {"enum": [config.model.id]}
         parameters.append({"name": "model_id", "in": "path", "required": True, "schema": model})
     if errors.SessionNotAccepted in operation.errors:
-        tee: JsonObject = {"enum": ["false", "true"], "description": "As in the body."}
+        tee: JsonObject = {
+            "enum": ["false", "true"],
+            "description": "As in the body, which must not say the contrary.",
+        }
         parameters.append({"name": "tee", "in": "query", "schema": tee})
     if parameters:
         found["parameters"] = parameters
@@ -185,6 +188,10 @@ def _decided_by_code(config: MeasuredConfig) -> JsonObject:
         "model": {"enum": [config.model.id]},
         "n": {"type": ["integer", "null"], "minimum": 1, "maximum": config.limits.max_choices},
         "seed": {**seed, "description": "A random one where there is none."},  # _check_seed
+        "tee": {
+            "type": ["boolean", "null"],
+            "description": "The answer ends with a signed checkpoint and GPU evidence over it.",
+        },
         "provider": {  # _check_provider
             "type": ["object", "null"],
             "properties": {"aci_verified": _BOOLEAN, "aci_session_ids": sessions},
@@ -262,14 +269,26 @@ def _one_or_many(schema: JsonObject) -> JsonObject:
 
 
 def _generated(what: str) -> JsonObject:
-    """The engine's own words, in one piece or as they come (`stream: true`)."""
+    """The engine's own words, in one piece or as they come (`stream: true`), and what proves them
+    where that was asked for."""
     stream = (
-        f"Server-sent events, each the JSON of a {what} chunk, then `[DONE]`; `: ping` between."
+        f"Server-sent events, each the JSON of a {what} chunk, then `[DONE]`; `: ping` between. "
+        "With `tee` or `stream_options.include_receipt` the last chunk has no choices and a `dcv` "
+        "member; with `stream_options.include_checkpoints` there are comments "
+        "`: dcv-checkpoint BASE64URL` on the way."
     )
+    answer = _object(id=_TEXT, choices=_list({}))
+    answer["properties"] = {**_properties(answer), **_PROOF}
     return {
-        **_json({**_object(id=_TEXT, choices=_list({})), "description": f"OpenAI's {what}."}),
+        **_json({**answer, "description": f"OpenAI's {what}."}),
         "text/event-stream": {"schema": {"description": stream}},
     }
+
+
+def _properties(schema: JsonObject) -> JsonObject:
+    found = schema["properties"]
+    assert isinstance(found, dict)
+    return found
 
 
 _TEXT: JsonObject = {"type": "string"}
@@ -277,6 +296,11 @@ _WHOLE: JsonObject = {"type": "integer"}
 _BOOLEAN: JsonObject = {"type": "boolean"}
 _TOKEN: JsonObject = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 _LENGTH: JsonObject = {"type": ["integer", "null"]}
+_PROOF: JsonObject = {
+    "dcv": {"type": "object", "description": "A signed checkpoint, where it was asked for."},
+    "attestation": {"type": "object", "description": "GPU evidence over it, with `tee`."},
+    "resolved_model": _object(id=_TEXT, revision={"type": ["string", "null"]}, digest=_TEXT),
+}
 
 _ANSWERS: JsonObject = {
     "Model": _object(

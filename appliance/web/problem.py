@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quart import Response
 
-from appliance.errors import ApplianceError, AttestationFailed, Unauthorized
+from appliance.errors import ApplianceError, AttestationFailed, InternalError, Unauthorized
 from appliance.wire.answers import error_object
 from appliance.wire.canonical import JsonObject, canonical_json
 
@@ -12,6 +12,12 @@ from appliance.wire.canonical import JsonObject, canonical_json
 def error_body(error: ApplianceError) -> JsonObject:
     """OpenAI's error object for an error of ours."""
     return error_object(error.message, type=error.type, param=error.param, code=error.code)
+
+
+def defect() -> InternalError:
+    """What is told of an exception that is none of our errors: nothing of it, its text may quote
+    the request."""
+    return InternalError("the appliance failed on this request")
 
 
 def problem(error: ApplianceError) -> Response:

@@ -5,11 +5,16 @@ one `data: {"error": …}` event and then *no* end: no last chunk on HTTP/1.1, R
 Client libraries take a clean end without `[DONE]` for success, silently, so a failure must not
 look like one. Raising out of the body is how an ASGI application says this to its server; see
 `web.server`, which turns it into the unclean end.
+
+What a client can have proven inside its stream (protocol.md section 6) is a body of its own,
+`ProvenStreamBody`: whoever asks for nothing pays nothing for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,13 +22,22 @@ import trio
 from quart.wrappers.response import ResponseBody
 
 from appliance.config import Limits
-from appliance.errors import ApplianceError, EngineStreamFailed
+from appliance.errors import (
+    ApplianceError,
+    EngineStreamFailed,
+)
 from appliance.serving.admission import Exchange
+from appliance.serving.epochs import Attested, Epochs, Member
 from appliance.serving.exchanges import ExchangeRecord
 from appliance.serving.metrics import COMPLETE, ExchangeMetrics
 from appliance.serving.relay import EventSource, find_usage
-from appliance.web.problem import error_body
-from appliance.wire.sse import PING, encode_event
+from appliance.web.evidence import evidence_late, evidence_refusals
+from appliance.web.problem import defect, error_body
+from appliance.wire.canonical import JsonObject
+from appliance.wire.checkpoint import Core, checkpoint_comment
+from appliance.wire.commitments import completion_commitment
+from appliance.wire.openai import Proof
+from appliance.wire.sse import DONE_EVENT, PING, PING_LINE, encode_event
 
 USAGE = b'"usage"'
 """What events contain that tell it. Inside a text the quotes would be escaped."""
@@ -66,7 +80,7 @@ class EventStreamBody(ResponseBody):
         self._deadline = first_deadline
         self._usage_asked = usage_asked
         self._usage = b""  # the last events that may tell it
-        self._failed = False
+        self._ended_by: Exception | None = None
 
     async def __aenter__(self) -> Self:
         await self._source.__aenter__()
@@ -87,36 +101,203 @@ class EventStreamBody(ResponseBody):
         return self
 
     async def __anext__(self) -> bytes:
-        if self._failed:
-            raise UncleanEnd
+        if self._ended_by is not None:
+            raise self._ended_by
         try:
             return await self._next()
         except ApplianceError as error:
-            self._failed = True
-            told = self._exchange.interrupted or error
-            self._observed.end(told.code)
-            data = encode_event(error_body(told))
-            self._record.write(data)
-            self._record.failed(told)
-            return data
+            return self._fail(self._exchange.interrupted or error, UncleanEnd())
+        except StopAsyncIteration:
+            raise
+        except Exception as error:  # noqa: BLE001  # goes on to the server with the next call
+            # A defect: told and recorded like any failure. The server's log names it, and ends
+            # the answer as uncleanly.
+            return self._fail(defect(), error)
+
+    def _fail(self, told: ApplianceError, ended_by: Exception) -> bytes:
+        """The error event, after which there is nothing but `ended_by`."""
+        self._ended_by = ended_by
+        self._observed.end(told.code)
+        data = encode_event(error_body(told))
+        self._record.write(data)
+        self._record.failed(told)
+        return data
 
     async def _next(self) -> bytes:
         with trio.move_on_after(self._limits.heartbeat_s):
             data = await self._source.receive()
             if not data:
-                self._exchange.complete()
-                if self._usage:
-                    self._observed.usage(find_usage(self._usage, self._limits))
-                self._observed.end(COMPLETE)
-                self._record.complete()
+                self._complete()
                 raise StopAsyncIteration
-            self._observed.events(data.count(b"\n\n"))
-            if self._usage_asked and USAGE in data:
-                self._usage = data
-            self._deadline = trio.current_time() + self._limits.engine_idle_s
+            self._observe(data)
             self._record.write(data)
             return data
-        if trio.current_time() >= self._deadline:
-            raise EngineStreamFailed("the engine has been silent for too long")
+        self._check_silence()
         self._record.write(PING)
         return PING
+
+    def _complete(self) -> None:
+        self._exchange.complete()
+        if self._usage:
+            self._observed.usage(find_usage(self._usage, self._limits))
+        self._observed.end(COMPLETE)
+        self._record.complete()
+
+    def _observe(self, data: bytes) -> None:
+        self._observed.events(data.count(b"\n\n"))
+        if self._usage_asked and USAGE in data:
+            self._usage = data
+        self._deadline = trio.current_time() + self._limits.engine_idle_s
+
+    def _check_silence(self) -> None:
+        if trio.current_time() >= self._deadline:
+            raise EngineStreamFailed("the engine has been silent for too long")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamProof:
+    """What a stream is to prove inside itself, and with what.
+
+    Attributes:
+        chunk: the members of the last checkpoint to the chunk that carries them.
+        evidence_s: seconds that completion evidence may take.
+    """
+
+    wanted: Proof
+    chunk: Callable[[JsonObject], JsonObject]
+    epochs: Epochs
+    evidence_s: float
+
+
+class ProvenStreamBody(EventStreamBody):
+    """A stream with signed checkpoints in it.
+
+        events, `: dcv-checkpoint` every `checkpoint_s`, events, …   while the engine answers
+        `: ping` lines                                               while evidence is awaited
+        data: {…, "dcv": {…}}, data: [DONE]
+
+    What the engine hands on are whole events, so what is put in between is never inside one. The
+    last checkpoint names the bytes before its own event, and is committed to before evidence is
+    collected; so a heartbeat of that time is a comment line at the beginning of that event.
+    """
+
+    def __init__(
+        self,
+        source: EventSource,
+        exchange: Exchange,
+        limits: Limits,
+        observed: ExchangeMetrics,
+        record: ExchangeRecord,
+        *,
+        first_deadline: float,
+        usage_asked: bool,
+        proof: StreamProof,
+    ) -> None:
+        """Take over an exchange; as `EventStreamBody`."""
+        super().__init__(
+            source,
+            exchange,
+            limits,
+            observed,
+            record,
+            first_deadline=first_deadline,
+            usage_asked=usage_asked,
+        )
+        self._proof = proof
+        self._checkpoint_at = math.inf
+        if proof.wanted.checkpoints:
+            self._checkpoint_at = trio.current_time() + limits.checkpoint_s
+        self._answered = False  # the engine's [DONE] has come
+        self._proven = False  # ours has gone out
+        self._core: Core | None = None
+        self._member: Member | None = None
+        self._heartbeat_at = self._evidence_until = math.inf
+        self._waiting = trio.CancelScope()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._member is not None:
+            self._proof.epochs.leave(self._member)
+        await super().__aexit__(kind, error, traceback)
+
+    async def _next(self) -> bytes:
+        if self._proven:
+            return await super()._next()  # the end
+        self._heartbeat_at = trio.current_time() + self._limits.heartbeat_s
+        data = b"" if self._answered else await self._event()
+        if not data:
+            data = await self._last_event()
+        self._record.write(data)
+        return data
+
+    async def _event(self) -> bytes:
+        """Events of the engine's, a checkpoint or a heartbeat; b"" where only `[DONE]` came."""
+        if trio.current_time() < self._checkpoint_at:
+            with trio.move_on_at(min(self._heartbeat_at, self._checkpoint_at)):
+                return self._without_done(await self._source.receive())
+            self._check_silence()
+        if trio.current_time() < self._checkpoint_at:
+            return PING
+        self._checkpoint_at = trio.current_time() + self._limits.checkpoint_s
+        return checkpoint_comment(self._record.running_checkpoint())
+
+    def _without_done(self, data: bytes) -> bytes:
+        self._observe(data)
+        self._answered = data.endswith(DONE_EVENT)
+        if self._answered:
+            self._exchange.complete()  # the engine has nothing left to be told
+        return data.removesuffix(DONE_EVENT)
+
+    async def _last_event(self) -> bytes:
+        """The last checkpoint and `[DONE]`; or, as long as there is no evidence yet, a heartbeat."""
+        assert self._answered
+        wanted = self._proof.wanted
+        if not wanted.at_end:
+            self._proven = True
+            return DONE_EVENT
+        if self._core is None:
+            self._core = self._record.final_core()
+        attested = None
+        if wanted.tee:
+            attested = await self._completion_evidence(self._core)
+            if attested is None:
+                return PING_LINE
+        chunk = self._proof.chunk(self._record.final_members(self._core, attested))
+        if self._usage:
+            # Told again: the openai package takes the last chunk's usage for the stream's.
+            chunk["usage"] = find_usage(self._usage, self._limits)
+        self._proven = True
+        return encode_event(chunk) + DONE_EVENT
+
+    async def _completion_evidence(self, core: Core) -> Attested | None:
+        """Evidence that covers the core; None when a heartbeat is due.
+
+        Raises:
+            AttestationFailed: it could not be had in time, or it does not hold.
+            ApplianceError: the exchange was interrupted; this is the reason.
+        """
+        proof, exchange = self._proof, self._exchange
+        with evidence_refusals():
+            if self._member is None:
+                commitment = completion_commitment(core.to_json())
+                self._member = proof.epochs.enter("completion", commitment)
+                self._evidence_until = trio.current_time() + proof.evidence_s
+                exchange.on_close(self._stop_waiting)
+            until = min(self._heartbeat_at, self._evidence_until)
+            if self._member.settled.is_set():  # while the client was slow to read
+                until = math.inf
+            with trio.move_on_at(until) as self._waiting:
+                if exchange.interrupted is None:
+                    return await self._member.wait()
+        if exchange.interrupted is not None:
+            raise exchange.interrupted
+        if trio.current_time() >= self._evidence_until:
+            raise evidence_late(proof.evidence_s)
+        return None
+
+    def _stop_waiting(self) -> None:
+        self._waiting.cancel()

@@ -62,7 +62,12 @@ def request_commitment(
 
 def completion_commitment(core: JsonObject) -> bytes:
     """The commitment of a finished answer; `core` is that of protocol.md section 6."""
-    return labelled_hash("dcv/1 completion", hashlib.sha256(canonical_json(core)).digest())
+    return completion_commitment_of(hashlib.sha256(canonical_json(core)).digest())
+
+
+def completion_commitment_of(core_sha256: bytes) -> bytes:
+    """The same, of a core whose 32-byte digest is known, such as from a receipt."""
+    return labelled_hash("dcv/1 completion", _exactly(core_sha256))
 
 
 def report_commitment(nonce: bytes | None) -> bytes:

@@ -16,8 +16,8 @@ by name, because the engine knows keys that reach into other requests (`rid`, `s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, assert_never
 
@@ -43,6 +43,9 @@ from appliance.wire.canonical import (
 
 MAX_MODEL_NAME_BYTES = 256
 
+PREFIXES = ("/v1", "/~inference@1.0", "/~inference@1.0/v1")
+"""Under which the endpoints are served: OpenAI's own, and those of the original DCV interface."""
+
 # JSON that only has to be JSON: `parse_json` has bounded it already, the engine judges the rest.
 AnyJson: TypeAlias = Any
 AnyObject: TypeAlias = dict[str, Any]
@@ -65,6 +68,19 @@ class Endpoint(Enum):
     def id_prefix(self) -> str:
         """What OpenAI's response ids of this endpoint begin with."""
         return "chatcmpl-" if self is Endpoint.CHAT else "cmpl-"
+
+    @property
+    def chunk_object(self) -> str:
+        """What the chunks of a stream from here name themselves."""
+        return "chat.completion.chunk" if self is Endpoint.CHAT else "text_completion"
+
+
+def endpoint_of(path: str) -> Endpoint | None:
+    """Which endpoint is served at a path, its aliases among them; None at any other path."""
+    for endpoint in Endpoint:
+        if path in [prefix + endpoint.value.removeprefix("/v1") for prefix in PREFIXES]:
+            return endpoint
+    return None
 
 
 class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True):
@@ -266,6 +282,8 @@ _GATEWAY_STREAM_OPTIONS = frozenset(
     {"include_obfuscation", "include_receipt", "include_checkpoints"}
 )
 
+FORWARDED_STREAM_OPTIONS = frozenset(StreamOptions.__struct_fields__) - _GATEWAY_STREAM_OPTIONS
+
 RequestBody: TypeAlias = ChatRequest | CompletionRequest
 _Struct = TypeVar("_Struct", bound=Struct)
 
@@ -287,6 +305,46 @@ class ChoicePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Proof:
+    """What the client wants to be proven inside the answer (protocol.md section 6).
+
+    Attributes:
+        tee: evidence that covers the finished answer; None where the body does not say.
+        receipt: a signed checkpoint at the end.
+        checkpoints: signed checkpoints while the stream runs.
+    """
+
+    tee: bool | None = None
+    receipt: bool = False
+    checkpoints: bool = False
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the answer ends with a checkpoint."""
+        return bool(self.tee) or self.receipt
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is."""
+        return self.at_end or self.checkpoints
+
+    def with_query(self, given: Sequence[str]) -> Proof:
+        """With what the query says of `tee`, once and as JSON spells it.
+
+        Raises:
+            InvalidRequest: it says something else, or the contrary of the body.
+        """
+        if not given:
+            return self
+        if len(given) > 1 or given[0] not in ("true", "false"):
+            raise InvalidRequest("tee: expected true or false in the query, once", param="tee")
+        tee = given[0] == "true"
+        if self.tee is not None and self.tee is not tee:
+            raise InvalidRequest("tee: the query contradicts the body", param="tee")
+        return replace(self, tee=tee)
+
+
+@dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """A request that was understood, with nothing decided yet. `body` is the parsed JSON."""
 
@@ -297,6 +355,7 @@ class InferenceRequest:
     choices_per_prompt: int
     prompts: tuple[JsonValue, ...] = field(repr=False)
     seed: int | None
+    proof: Proof
     body: JsonObject = field(repr=False)
 
 
@@ -341,7 +400,6 @@ def parse_request(
     if len(request.model.encode("utf-8")) > MAX_MODEL_NAME_BYTES:
         raise InvalidRequest(f"model: expected at most {MAX_MODEL_NAME_BYTES} bytes", param="model")
     _check_provider(request.provider)
-    _refuse_receipts(request)
     options = request.stream_options or StreamOptions()
     return InferenceRequest(
         endpoint=endpoint,
@@ -351,6 +409,7 @@ def parse_request(
         choices_per_prompt=request.n or 1,
         prompts=prompts,
         seed=_check_seed(request.seed),
+        proof=_proof(request),
         body=body,
     )
 
@@ -378,34 +437,99 @@ def plan_choices(
         raise InvalidRequest(f"n: expected at most {max_choices} choices in all", param="n")
     base = seed if request.seed is None else request.seed
     unset = _unset_keys(request.body)
-    common: dict[str, JsonValue] = {"cache_salt": cache_salt}
-    if (options := request.body.get("stream_options")) is not None and request.stream:
-        assert isinstance(options, dict)
-        common["stream_options"] = {
-            key: value
-            for key, value in options.items()
-            if key not in _GATEWAY_STREAM_OPTIONS and value is not None
-        }
+    options = _forwarded_stream_options(request)
     plans = []
     for index in range(count):
         prompt_index = index // request.choices_per_prompt
-        changes: dict[str, JsonValue] = {
-            **common,
-            "rid": response_id if count == 1 else f"{response_id}-{index}",
-            "seed": (base + index) % (MAX_SAFE_INTEGER + 1),
-        }
+        changes = choice_changes(
+            index,
+            count=count,
+            choices_per_prompt=request.choices_per_prompt,
+            response_id=response_id,
+            seed=base,
+            cache_salt=cache_salt,
+            stream_options=options,
+        )
         if request.prompts[prompt_index] != request.body.get("prompt"):
             changes["prompt"] = request.prompts[prompt_index]
-        if request.choices_per_prompt > 1:
-            changes["n"] = 1
         plans.append(ChoicePlan(index, prompt_index, changes, unset))
     return tuple(plans)
+
+
+def choice_changes(
+    index: int,
+    *,
+    count: int,
+    choices_per_prompt: int,
+    response_id: str,
+    seed: int,
+    cache_salt: str,
+    stream_options: JsonObject | None,
+) -> JsonObject:
+    """What is set for choice `index` of `count`, its prompt aside.
+
+    Args:
+        seed: of choice 0.
+        stream_options: those that go to the engine; None where there are none.
+    """
+    changes: JsonObject = {
+        "cache_salt": cache_salt,
+        "rid": response_id if count == 1 else f"{response_id}-{index}",
+        "seed": (seed + index) % (MAX_SAFE_INTEGER + 1),
+    }
+    if stream_options is not None:
+        changes["stream_options"] = stream_options
+    if choices_per_prompt > 1:
+        changes["n"] = 1
+    return changes
+
+
+def _forwarded_stream_options(request: InferenceRequest) -> JsonObject | None:
+    options = request.body.get("stream_options")
+    if options is None or not request.stream:
+        return None
+    assert isinstance(options, dict)
+    return {
+        key: value
+        for key, value in options.items()
+        if key in FORWARDED_STREAM_OPTIONS and value is not None
+    }
 
 
 def forwarded_body(body: JsonObject, plan: ChoicePlan) -> bytes:
     """The exact bytes the engine gets: JCS of the client's body with the plan's change applied."""
     forwarded = {key: value for key, value in body.items() if key not in plan.unset}
     return canonical_json({**forwarded, **plan.set})
+
+
+def forwarded_bodies(body: JsonObject, plans: Sequence[ChoicePlan]) -> Iterator[bytes]:
+    """`forwarded_body` of each plan. What several of them share is put in canonical form once:
+    128 choices of a long conversation hold it 128 times."""
+    replaced = frozenset[str]().union(*(plan.unset for plan in plans))
+    if all("prompt" in plan.set for plan in plans):
+        replaced |= {"prompt"}
+    shared = {key: _member(key, value) for key, value in body.items() if key not in replaced}
+    prompts: dict[int, bytes] = {}
+    for plan in plans:
+        members = {
+            key: shared[key] if key in shared else _member(key, body[key])
+            for key in body
+            if key not in plan.unset and key not in plan.set
+        }
+        for key, value in plan.set.items():
+            if key != "prompt":
+                members[key] = _member(key, value)
+                continue
+            if plan.prompt_index not in prompts:
+                prompts = {plan.prompt_index: _member(key, value)}
+            members[key] = prompts[plan.prompt_index]
+        # RFC 8785 section 3.2.3: "sorted … as arrays of UTF-16 code units".
+        names = sorted(members, key=lambda name: name.encode("utf-16-be"))
+        yield b"{" + b",".join([members[name] for name in names]) + b"}"
+
+
+def _member(key: str, value: JsonValue) -> bytes:
+    return canonical_json({key: value})[1:-1]
 
 
 def _unset_keys(body: JsonObject) -> tuple[str, ...]:
@@ -503,16 +627,18 @@ def _check_provider(provider: JsonValue) -> None:
     )
 
 
-def _refuse_receipts(request: RequestBody) -> None:
+def _proof(request: RequestBody) -> Proof:
     options = request.stream_options or StreamOptions()
-    asked = {
-        "tee": request.tee,
-        "stream_options.include_receipt": options.include_receipt,
-        "stream_options.include_checkpoints": options.include_checkpoints,
-    }
-    for name, value in asked.items():
-        if value:
-            raise UnsupportedFeature(f"{name}: this appliance issues no receipts yet", param=name)
+    if options.include_checkpoints and not request.stream:
+        raise InvalidRequest(
+            "stream_options.include_checkpoints: expected stream: true beside it",
+            param="stream_options.include_checkpoints",
+        )
+    return Proof(
+        tee=request.tee,
+        receipt=bool(options.include_receipt),
+        checkpoints=bool(options.include_checkpoints),
+    )
 
 
 def _check_media(messages: Sequence[Message]) -> None:

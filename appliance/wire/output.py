@@ -8,12 +8,14 @@ null and empty members of a message are left out, and so is what differs from ru
 is bound elsewhere (log probabilities: the response hash has them).
 
 Chunks are decoded into a few typed members and nothing else, because this runs for every token,
-if not at once.
+if not at once. That is the appliance's reading of its own engine. Whoever verifies an answer reads
+it strictly (`output_of_answer`, `read_stream`): what a client could read otherwise is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +23,20 @@ import msgspec
 from msgspec import Struct
 
 from appliance.errors import Malformed
-from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json
-from appliance.wire.sse import DONE_EVENT
+from appliance.wire.canonical import (
+    JsonObject,
+    JsonValue,
+    canonical_json,
+    parse_json,
+    parse_json_object,
+)
+from appliance.wire.sse import DONE_EVENT, PING_LINE, behind_pings
 
 MAX_CHOICES = 128
 MAX_TOOL_CALLS = 1024
 MAX_ARGUMENT_NESTING = 64
+MAX_CHUNK_NESTING = 256
+"""Of a chunk that is read strictly, as deep as any answer may be."""
 
 _DATA = b"data: "
 _DONE = DONE_EVENT.removesuffix(b"\n\n")
@@ -97,16 +107,34 @@ class _Chunk(Struct, gc=False):
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class ReadStream:
+    """A whole event stream, read strictly.
+
+    Attributes:
+        ids: every `id` that an event has.
+        ended: it ends with `[DONE]`, which is there once, and tells no error.
+    """
+
+    output: Output
+    ids: frozenset[str]
+    ended: bool
+
+    def __repr__(self) -> str:
+        return f"ReadStream({self.output!r})"
+
+
 def output_of_answer(answer: JsonObject, *, max_bytes: int) -> Output:
     """The output of an answer that was not streamed.
 
     Raises:
         Malformed: not shaped as one, or over the bound.
     """
-    try:
-        chunk = msgspec.convert(answer, _Chunk)
-    except msgspec.ValidationError:
-        raise _unreadable() from None
+    chunk = _chunk_of(answer)
+    for place, choice in enumerate(chunk.choices or ()):
+        # Joined they would be one text, and a client takes the first: one list, one order.
+        if choice.index != place or choice.delta is not None:
+            raise Malformed("expected whole choices, 0 to n-1 in order", field="$.choices")
     joined = OutputJoiner(max_bytes=max_bytes)
     joined.add(chunk)
     return joined.output()
@@ -118,9 +146,43 @@ def output_of_stream(content: bytes, *, max_bytes: int) -> Output:
     Raises:
         Malformed: not events as this appliance writes them, or over the bound.
     """
-    joiner = OutputJoiner(max_bytes=max_bytes)
+    return read_stream(content, max_bytes=max_bytes).output
+
+
+def read_stream(content: bytes, *, max_bytes: int) -> ReadStream:
+    """Read a whole event stream strictly: every event as JSON that every parser reads alike.
+
+    Raises:
+        Malformed: not events as this appliance writes them, or over the bound.
+    """
+    if b"\r" in content:  # it ends a line for clients (WHATWG HTML section 9.2.5), and not for us
+        raise _unreadable()
+    ids: set[str] = set()
+    errors = 0
+
+    def decode(event: bytes) -> _Chunk:
+        nonlocal errors
+        value = parse_json_object(event, max_nesting=MAX_CHUNK_NESTING)
+        chunk = _chunk_of(value)
+        if any(choice.message is not None for choice in chunk.choices or ()):
+            raise Malformed("expected deltas in a stream", field="$.choices")
+        if "id" in value:
+            ids.add(str(value["id"]))
+        errors += "error" in value
+        return chunk
+
+    joiner = OutputJoiner(max_bytes=max_bytes, decode=decode)
     joiner.add_events(content)
-    return joiner.output()
+    # A raw line feed is in no JSON, so these bytes are the terminator wherever they are.
+    done_last = content.endswith(DONE_EVENT) and content.count(DONE_EVENT) == 1
+    return ReadStream(joiner.output(), frozenset(ids), done_last and not errors)
+
+
+def _chunk_of(value: JsonObject) -> _Chunk:
+    try:
+        return msgspec.convert(value, _Chunk)
+    except msgspec.ValidationError:
+        raise _unreadable() from None
 
 
 class OutputJoiner:
@@ -128,9 +190,13 @@ class OutputJoiner:
 
     Args:
         max_bytes: of all texts together, counted in characters.
+        decode: of an event's JSON text; the default looks at nothing that it does not need.
     """
 
-    def __init__(self, *, max_bytes: int) -> None:
+    def __init__(
+        self, *, max_bytes: int, decode: Callable[[bytes], _Chunk] = _decode_chunk
+    ) -> None:
+        self._decode = decode
         self._left = max_bytes
         self._choices: dict[int, _Joined] = {}
         self._usage: JsonObject | None = None
@@ -143,16 +209,17 @@ class OutputJoiner:
         """
         if events and not events.endswith(b"\n\n"):
             raise Malformed("expected whole events")
-        add = self.add
+        add, decode = self.add, self._decode
         try:
-            for event in events.split(b"\n\n"):
+            for block in events.split(b"\n\n"):
+                event = behind_pings(block) if block.startswith(PING_LINE) else block
                 if event.startswith(_DATA) and event != _DONE:
-                    add(_decode_chunk(event[len(_DATA) :]))
+                    add(decode(event[len(_DATA) :]))
                 elif (
                     event and event != _DONE and not (event.startswith(b":") and b"\n" not in event)
                 ):
                     raise _unreadable()
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise _unreadable() from None
 
     def add(self, chunk: _Chunk) -> None:
@@ -213,6 +280,9 @@ class _Text:
             self.joined.append("".join(self.fresh))
             self.fresh.clear()
 
+    def __bool__(self) -> bool:
+        return bool(self.joined or self.fresh)
+
     def __str__(self) -> str:
         return "".join(self.joined) + "".join(self.fresh)
 
@@ -228,13 +298,28 @@ class _Joined:
         self._calls: dict[int, tuple[_Text, _Text]] = {}  # names and arguments, by number
 
     def add(self, choice: _Choice) -> int:
-        """Take a part of it; how many characters it has."""
+        """Take a part of it; how many characters it has.
+
+        Raises:
+            Malformed: it says something in two forms, of which only one would be hashed.
+        """
         if choice.finish_reason is not None:
             self.finish_reason = choice.finish_reason
-        message = choice.delta or choice.message
+        message = choice.delta
         if message is None:
+            message = choice.message
+        elif choice.message is not None:
+            raise _two_forms()
+        if message is None:
+            if self.chat and choice.text:
+                raise _two_forms()
             return self._text.add(choice.text)
-        self.chat = True
+        if choice.text:
+            raise _two_forms()
+        if not self.chat:
+            if self._text:
+                raise _two_forms()
+            self.chat = True
         size = self._content.add(message.content)
         if message.reasoning_content:
             size += self._reasoning.add(message.reasoning_content)
@@ -288,6 +373,10 @@ def _bounded(index: int, most: int) -> int:
     if not 0 <= index < most:
         raise Malformed(f"expected an index from 0 to {most - 1}", field="$.choices")
     return index
+
+
+def _two_forms() -> Malformed:
+    return Malformed("expected one of text, delta and message", field="$.choices")
 
 
 def _unreadable() -> Malformed:

@@ -28,6 +28,7 @@ from appliance.wire.canonical import (
     JsonObject,
     JsonValue,
     canonical_json,
+    parse_json,
     parse_json_object,
 )
 from appliance.wire.commitments import Inclusion, Kind, parse_inclusion
@@ -43,6 +44,8 @@ MAX_EVENTS = 64
 MAX_REWRITES = 128
 MAX_TEXT = 512
 MAX_NESTING = 64
+MAX_USAGE_BYTES = 64 << 10
+MAX_USAGE_NESTING = 16
 MAX_BODY_NESTING = 256
 """The deepest body that any configuration lets through (`[limits] max_nesting`)."""
 
@@ -60,6 +63,8 @@ OUTCOMES: tuple[Outcome, ...] = (
     "drained",
     "refused",
 )
+KIND_OF_PHASE: Mapping[Phase, Kind] = {"admission": "request", "completion": "completion"}
+"""Whose commitment the epoch of an event covers."""
 VERDICTS = ("affirming", "warning", "contraindicated", "none")
 
 # ------------------------------------------------------------------------------------ the events
@@ -200,9 +205,9 @@ class OutputComplete:
     """`dcv.output`: the answer, independent of how it was cut into events.
 
     Attributes:
-        output_digest: 32 bytes, `wire.output`; None where there is none (embeddings).
-        finish_reasons: by index.
-        usage: as the engine told it; None in a stream that did not ask for it.
+        output_digest: 32 bytes, `wire.output`; None where the answer cannot be read so.
+        finish_reasons: by index; empty where there is no digest.
+        usage: as the engine told it, see `is_usage`; None in a stream that did not ask for it.
     """
 
     output_digest: bytes | None
@@ -366,26 +371,27 @@ def sign_receipt(document: JsonObject, *, key_id: str, sign: Callable[[bytes], b
     return canonical_json({**unsigned, "signature": signature.hex()})
 
 
-def verify_signature(document: JsonObject, key: PublicKey) -> None:
+def verify_signature(document: JsonObject, key: PublicKey, *, what: str = "receipt") -> None:
     """The receipt was signed by this key, under its name.
 
     Args:
         document: as `Receipt.document`.
         key: from the keyset that the receipt names.
+        what: is verified, for messages; a checkpoint is signed in the same way.
 
     Raises:
         Unauthentic: it was not.
         Malformed: `signature` is not 64 bytes of lowercase hex.
     """
     if document.get("key_id") != key.key_id:
-        raise Unauthentic(f"receipt: expected a signature by the key {key.key_id}")
+        raise Unauthentic(f"{what}: expected a signature by the key {key.key_id}")
     signature = decode_hex(
-        _text(document.get("signature"), "signature"), field="signature", length=64
+        read_text(document.get("signature"), "signature"), field="signature", length=64
     )
     try:
         Ed25519PublicKey.from_public_bytes(key.raw).verify(signature, signing_input(document))
     except (InvalidSignature, ValueError):  # ValueError: 32 bytes that are no key
-        raise Unauthentic("receipt: its signature does not verify") from None
+        raise Unauthentic(f"{what}: its signature does not verify") from None
 
 
 def parse_receipt(data: bytes) -> Receipt:
@@ -399,7 +405,7 @@ def parse_receipt(data: bytes) -> Receipt:
     if len(data) > MAX_RECEIPT_BYTES:
         raise Malformed(f"receipt: expected at most {MAX_RECEIPT_BYTES} bytes")
     document = parse_json_object(data, max_nesting=MAX_NESTING)
-    _members(
+    read_members(
         document,
         [
             "api_version",
@@ -422,15 +428,15 @@ def parse_receipt(data: bytes) -> Receipt:
         if not isinstance(event, dict) or not isinstance(event.get("type"), str):
             raise Malformed("event_log: expected objects with a type", field="event_log")
     return Receipt(
-        receipt_id=_text(document["receipt_id"], "receipt_id"),
+        receipt_id=read_text(document["receipt_id"], "receipt_id"),
         chat_id=_optional_text(document["chat_id"], "chat_id"),
         model=_optional_text(document["model"], "model"),
-        keyset_digest=_digest(document["workload_keyset_digest"], "workload_keyset_digest"),
-        endpoint=_text(document["endpoint"], "endpoint"),
-        method=_text(document["method"], "method"),
-        served_at=_count(document["served_at"], "served_at"),
-        key_id=_text(document["key_id"], "key_id"),
-        signature=_hex(document["signature"], "signature", 64),
+        keyset_digest=read_sha256(document["workload_keyset_digest"], "workload_keyset_digest"),
+        endpoint=read_text(document["endpoint"], "endpoint"),
+        method=read_text(document["method"], "method"),
+        served_at=read_count(document["served_at"], "served_at"),
+        key_id=read_text(document["key_id"], "key_id"),
+        signature=read_hex(document["signature"], "signature", 64),
         document=document,
     )
 
@@ -456,6 +462,19 @@ def read_events(receipt: Receipt) -> EventLog:
     log.end()
     _check_presence(read, "event_log")
     return read
+
+
+def is_usage(usage: JsonObject | None) -> bool:
+    """Whether a receipt can have this `usage`: it is short, and every parser reads its canonical
+    form alike. An engine's own may hold a number that they do not."""
+    try:
+        data = canonical_json(usage)
+        if len(data) <= MAX_USAGE_BYTES:
+            parse_json(data, max_nesting=MAX_USAGE_NESTING)
+            return True
+    except (Malformed, RecursionError):
+        pass
+    return False
 
 
 # ------------------------------------------------------------------------------ forwarded bodies
@@ -563,51 +582,63 @@ def _check_presence(log: EventLog, where: str) -> None:
 
 
 def _received(event: JsonObject, where: str) -> RequestReceived:
-    _members(event, ("type", "body_hash"), where)
-    return RequestReceived(_digest(event["body_hash"], f"{where}.body_hash"))
+    read_members(event, ("type", "body_hash"), where)
+    return RequestReceived(read_sha256(event["body_hash"], f"{where}.body_hash"))
 
 
 def _committed(event: JsonObject, where: str) -> RequestCommitted:
-    _members(event, ("type", "commitment", "client_nonce", "blind"), where)
+    read_members(event, ("type", "commitment", "client_nonce", "blind"), where)
     nonce = event["client_nonce"]
     return RequestCommitted(
-        commitment=_hex(event["commitment"], f"{where}.commitment", 32),
-        client_nonce=None if nonce is None else _hex(nonce, f"{where}.client_nonce", 32),
-        blind=_hex(event["blind"], f"{where}.blind", 32),
+        commitment=read_hex(event["commitment"], f"{where}.commitment", 32),
+        client_nonce=None if nonce is None else read_hex(nonce, f"{where}.client_nonce", 32),
+        blind=read_hex(event["blind"], f"{where}.blind", 32),
     )
 
 
 def _admission(event: JsonObject, where: str) -> GpuAttested | None:
-    return _attested(event, where, "admission", "request")
+    return read_gpu_attested(event, where, "admission") if _in(event, "admission") else None
 
 
 def _completion(event: JsonObject, where: str) -> GpuAttested | None:
-    return _attested(event, where, "completion", "completion")
+    return read_gpu_attested(event, where, "completion") if _in(event, "completion") else None
 
 
-def _attested(event: JsonObject, where: str, phase: Phase, kind: Kind) -> GpuAttested | None:
-    if event.get("phase") != phase:
-        return None
+def _in(event: JsonObject, phase: Phase) -> bool:
+    return event.get("phase") == phase
+
+
+def read_gpu_attested(value: JsonValue, where: str, phase: Phase) -> GpuAttested:
+    """Read a `dcv.gpu.attested` of this phase, of a log or of a checkpoint.
+
+    Raises:
+        Malformed: not that form, or of another phase.
+    """
+    if not isinstance(value, dict):
+        raise Malformed(f"{where}: expected an object", field=where)
     members = ["type", "phase", "evidence_digest", "inclusion", "verdict", "collected_at"]
     if phase == "completion":
         members.append("core_sha256")
-    _members(event, members, where)
-    inclusion = parse_inclusion(event["inclusion"], where=f"{where}.inclusion")
+    read_members(value, members, where)
+    if (value["type"], value["phase"]) != ("dcv.gpu.attested", phase):
+        raise Malformed(f"{where}: expected dcv.gpu.attested in the phase {phase}", field=where)
+    inclusion = parse_inclusion(value["inclusion"], where=f"{where}.inclusion")
+    kind = KIND_OF_PHASE[phase]
     if inclusion.kind != kind:
         raise Malformed(f"{where}.inclusion.kind: expected {kind}", field=f"{where}.inclusion.kind")
-    verdict = event["verdict"]
+    verdict = value["verdict"]
     if not isinstance(verdict, str) or verdict not in VERDICTS:
         raise Malformed(
             f"{where}.verdict: expected one of {', '.join(VERDICTS)}", field=f"{where}.verdict"
         )
     return GpuAttested(
         phase=phase,
-        evidence_digest=_digest(event["evidence_digest"], f"{where}.evidence_digest"),
+        evidence_digest=read_sha256(value["evidence_digest"], f"{where}.evidence_digest"),
         inclusion=inclusion,
         verdict=verdict,
-        collected_at=_count(event["collected_at"], f"{where}.collected_at"),
+        collected_at=read_count(value["collected_at"], f"{where}.collected_at"),
         core_sha256=(
-            _hex(event["core_sha256"], f"{where}.core_sha256", 32)
+            read_hex(value["core_sha256"], f"{where}.core_sha256", 32)
             if phase == "completion"
             else None
         ),
@@ -615,12 +646,12 @@ def _attested(event: JsonObject, where: str, phase: Phase, kind: Kind) -> GpuAtt
 
 
 def _forwarded(event: JsonObject, where: str) -> RequestForwarded:
-    _members(event, ("type", "body_hash"), where)
-    return RequestForwarded(_digest(event["body_hash"], f"{where}.body_hash"))
+    read_members(event, ("type", "body_hash"), where)
+    return RequestForwarded(read_sha256(event["body_hash"], f"{where}.body_hash"))
 
 
 def _engine(event: JsonObject, where: str) -> EngineUsed:
-    _members(event, ("type", "workload_digest", "seed", "deterministic", "rewrite"), where)
+    read_members(event, ("type", "workload_digest", "seed", "deterministic", "rewrite"), where)
     rewrites = _list(event["rewrite"], f"{where}.rewrite", MAX_REWRITES)
     if not rewrites:
         raise Malformed(f"{where}.rewrite: expected at least one", field=f"{where}.rewrite")
@@ -630,7 +661,7 @@ def _engine(event: JsonObject, where: str) -> EngineUsed:
             f"{where}.deterministic: expected true or false", field=f"{where}.deterministic"
         )
     return EngineUsed(
-        workload_digest=_digest(event["workload_digest"], f"{where}.workload_digest"),
+        workload_digest=read_sha256(event["workload_digest"], f"{where}.workload_digest"),
         seed=_seed(event["seed"], f"{where}.seed"),
         deterministic=deterministic,
         rewrite=tuple(
@@ -643,7 +674,7 @@ def _rewrite(value: JsonValue, where: str) -> Rewrite:
     if not isinstance(value, dict):
         raise Malformed(f"{where}: expected an object", field=where)
     chosen = value.get("prompt_index")
-    _members(
+    read_members(
         value, ("set", "unset", *(("prompt_index",) if "prompt_index" in value else ())), where
     )
     changed = value["set"]
@@ -652,26 +683,28 @@ def _rewrite(value: JsonValue, where: str) -> Rewrite:
     unset = _list(value["unset"], f"{where}.unset", MAX_TEXT)
     return Rewrite(
         set=changed,
-        unset=tuple(_text(one, f"{where}.unset") for one in unset),
-        prompt_index=(_count(chosen, f"{where}.prompt_index") if "prompt_index" in value else None),
+        unset=tuple(read_text(one, f"{where}.unset") for one in unset),
+        prompt_index=(
+            read_count(chosen, f"{where}.prompt_index") if "prompt_index" in value else None
+        ),
     )
 
 
 def _output(event: JsonObject, where: str) -> OutputComplete:
-    _members(event, ("type", "output_digest", "finish_reasons", "usage"), where)
+    read_members(event, ("type", "output_digest", "finish_reasons", "usage"), where)
     digest, usage = event["output_digest"], event["usage"]
     if usage is not None and not isinstance(usage, dict):
         raise Malformed(f"{where}.usage: expected an object or null", field=f"{where}.usage")
     reasons = _list(event["finish_reasons"], f"{where}.finish_reasons", MAX_REWRITES)
     return OutputComplete(
-        output_digest=None if digest is None else _digest(digest, f"{where}.output_digest"),
+        output_digest=None if digest is None else read_sha256(digest, f"{where}.output_digest"),
         finish_reasons=tuple(_optional_text(one, f"{where}.finish_reasons") for one in reasons),
         usage=usage,
     )
 
 
 def _ended(event: JsonObject, where: str) -> Ended:
-    _members(event, ("type", "outcome", "code", "bytes"), where)
+    read_members(event, ("type", "outcome", "code", "bytes"), where)
     outcome = next((known for known in OUTCOMES if known == event["outcome"]), None)
     if outcome is None:
         raise Malformed(
@@ -680,16 +713,24 @@ def _ended(event: JsonObject, where: str) -> Ended:
     return Ended(
         outcome=outcome,
         code=_optional_text(event["code"], f"{where}.code"),
-        bytes=_count(event["bytes"], f"{where}.bytes"),
+        bytes=read_count(event["bytes"], f"{where}.bytes"),
     )
 
 
 def _returned(event: JsonObject, where: str) -> ResponseReturned:
-    _members(event, ("type", "body_hash"), where)
-    return ResponseReturned(_digest(event["body_hash"], f"{where}.body_hash"))
+    read_members(event, ("type", "body_hash"), where)
+    return ResponseReturned(read_sha256(event["body_hash"], f"{where}.body_hash"))
 
 
-def _members(item: JsonObject, names: Sequence[str], where: str) -> None:
+# What reading an event is made of; `wire.checkpoint` reads with them too.
+
+
+def read_members(item: JsonObject, names: Sequence[str], where: str) -> None:
+    """An object has exactly these members.
+
+    Raises:
+        Malformed: as do the others, naming `where`.
+    """
     if odd := item.keys() ^ set(names):
         raise Malformed(
             f"{where}: expected exactly {', '.join(names)}", field=f"{where}.{min(odd)[:64]}"
@@ -702,35 +743,39 @@ def _list(value: JsonValue, where: str, most: int) -> list[JsonValue]:
     return value
 
 
-def _text(value: JsonValue, where: str) -> str:
+def read_text(value: JsonValue, where: str) -> str:
+    """A short text that is not empty."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
         raise Malformed(f"{where}: expected 1 to {MAX_TEXT} characters", field=where)
     return value
 
 
 def _optional_text(value: JsonValue, where: str) -> str | None:
-    return None if value is None else _text(value, where)
+    return None if value is None else read_text(value, where)
 
 
-def _hex(value: JsonValue, where: str, length: int) -> bytes:
+def read_hex(value: JsonValue, where: str, length: int) -> bytes:
+    """Bare lowercase hex of so many bytes."""
     if not isinstance(value, str):
         raise Malformed(f"{where}: expected lowercase hex of {length} bytes", field=where)
     return decode_hex(value, field=where, length=length)
 
 
-def _digest(value: JsonValue, where: str) -> bytes:
-    return parse_sha256(_text(value, where), field=where)
+def read_sha256(value: JsonValue, where: str) -> bytes:
+    """The 32 bytes of a `sha256:<hex>`."""
+    return parse_sha256(read_text(value, where), field=where)
 
 
-def _count(value: JsonValue, where: str) -> int:
+def read_count(value: JsonValue, where: str) -> int:
+    """An integer from 0 to 2^53-1."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SAFE_INTEGER:
         raise Malformed(f"{where}: expected an integer from 0 to 2^53-1", field=where)
     return value
 
 
 def _seed(value: JsonValue, where: str) -> int:
-    text = _text(value, where)
+    text = read_text(value, where)
     # One spelling only: no sign, no leading zero, ASCII digits.
     if not (text.isascii() and text.isdigit() and len(text) <= 16 and str(int(text)) == text):
         raise Malformed(f"{where}: expected a decimal number", field=where)
-    return _count(int(text), where)
+    return read_count(int(text), where)

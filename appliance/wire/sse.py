@@ -16,6 +16,9 @@ from appliance.wire.canonical import JsonObject, canonical_json
 
 DONE_EVENT = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+PING_LINE = b": ping\n"
+"""A heartbeat that is the beginning of the next event: where what that event says about the bytes
+before it is settled already, and the event itself is not there yet."""
 
 _OPEN = b"data: {"
 _ERROR = b'data: {"error"'
@@ -99,6 +102,14 @@ class BlockReader:
 def split_events(data: bytes) -> list[bytes]:
     """The JSON texts of a block's events, without `data: ` and the blank line."""
     return [event.removeprefix(b"data: ") for event in data.split(b"\n\n") if event]
+
+
+def behind_pings(event: bytes) -> bytes:
+    """An event without the heartbeats at its beginning."""
+    start = 0
+    while event.startswith(PING_LINE, start):
+        start += len(PING_LINE)
+    return event[start:]
 
 
 def encode_event(value: JsonObject) -> bytes:

@@ -37,10 +37,21 @@ from appliance.wire import sev_snp as sev_snp_wire
 from appliance.wire import tpm as tpm_wire
 from appliance.wire.azure_hcl import parse_hcl_report
 from appliance.wire.azure_json import decode_any_base64, parse_azure_json, split_pem
-from appliance.wire.canonical import canonical_json, parse_json, parse_json_object
+from appliance.wire.canonical import JsonObject, canonical_json, parse_json, parse_json_object
 from appliance.wire.certificate_table import parse_certificate_table
+from appliance.wire.checkpoint import (
+    Core,
+    checkpoint_chunk,
+    checkpoint_comment,
+    find_checkpoints,
+    parse_checkpoint,
+    read_checkpoint,
+    sign_checkpoint,
+    verify_checkpoint,
+)
 from appliance.wire.commitments import Inclusion, parse_inclusion
 from appliance.wire.encoding import decode_base64, decode_hex, encode_base64
+from appliance.wire.epoch import EpochEvidence, parse_epoch
 from appliance.wire.event_log import parse_event_log, replay
 from appliance.wire.evidence import CpuEvidence, GpuEvidence, parse_cpu_evidence, parse_gpu_evidence
 from appliance.wire.http1 import ResponseReader
@@ -66,7 +77,7 @@ from appliance.wire.receipt import (
 from appliance.wire.report import parse_report
 from appliance.wire.rim import parse_rim
 from appliance.wire.spdm import parse_transcript
-from appliance.wire.sse import BlockReader
+from appliance.wire.sse import PING_LINE, BlockReader, encode_event
 from appliance.wire.tdx import parse_quote
 from tests.bench.simulated_report import simulated_report
 from tests.fakes import amd_evidence as amd
@@ -503,6 +514,89 @@ def receipt_signature(data: bytes) -> None:
 @cache
 def _signed_receipts() -> list[bytes]:
     return _receipts()
+
+
+def _epochs() -> list[bytes]:
+    gpu = GpuEvidence("simulated", b"report", b"chain")
+    return [
+        canonical_json(
+            EpochEvidence(bytes(32), bytes(32), 2, bytes(32), 1_750_000_000, gpus).to_json()
+        )
+        for gpus in ((gpu, replace(gpu, report=b"other")), ())
+    ]
+
+
+@harness(_epochs)
+def epoch(data: bytes) -> None:
+    """What can be read is written as it was read."""
+    assert parse_epoch(canonical_json(parse_epoch(data).to_json())) == parse_epoch(data)
+
+
+def _checkpoints() -> list[JsonObject]:
+    """One on the way, one at the end of a stream, and one of a whole answer with `tee`."""
+    one, place = bytes(32), Inclusion("request", bytes(32), 2, 1, (bytes(32),), bytes(32))
+    whole = Core(
+        seq=0,
+        final=True,
+        receipt_id="0" * 32,
+        keyset_digest=one,
+        request_body_hash=one,
+        prefix_bytes=None,
+        prefix_sha256=None,
+        output_digest=one,
+        gpu=GpuAttested("admission", one, place, "affirming", 1_750_000_000),
+        key_id="k",
+    )
+    ended = replace(whole, seq=1, prefix_bytes=7, prefix_sha256=one)
+    completion = GpuAttested(
+        "completion", one, replace(place, kind="completion"), "warning", 1_750_000_001, one
+    )
+    return [
+        sign_checkpoint(core, event, sign=RECEIPT_KEY.sign)
+        for core, event in (
+            (replace(ended, final=False, output_digest=None), None),
+            (ended, None),
+            (whole, completion),
+        )
+    ]
+
+
+@cache
+def _signed_checkpoints() -> list[JsonObject]:
+    return _checkpoints()
+
+
+@harness(lambda: [canonical_json(one) for one in _checkpoints()], Malformed, EvidenceError)
+def checkpoint(data: bytes) -> None:
+    """Nothing else than what was signed has the signature, in any form; what can be read is
+    written as it was read."""
+    read = parse_checkpoint(data)
+    assert canonical_json(read.core.to_json()) == read.raw
+    assert read_checkpoint(read.document, where="$") == read
+    verify_checkpoint(read, PublicKey("k", RECEIPT_KEY.public_key().public_bytes_raw()))
+    assert read.document in _signed_checkpoints()
+
+
+def _streams() -> list[bytes]:
+    running, ended, _ = _checkpoints()
+    members: JsonObject = {"dcv": ended}
+    last = checkpoint_chunk(object="o", response_id="x", created=1, model="m", members=members)
+    said = f"data: {json.dumps(CHUNK)}\n\n".encode()
+    return [
+        said + checkpoint_comment(running) + PING_LINE + encode_event(last) + b"data: [DONE]\n\n",
+        checkpoint_comment(running),
+    ]
+
+
+@harness(_streams)
+def checkpoint_stream(data: bytes) -> None:
+    """Events with checkpoints are whole, in order and apart."""
+    end = 0
+    for one in find_checkpoints(data):
+        assert one.start is not None
+        assert end <= one.start < one.end <= len(data)
+        assert data[: one.end].endswith(b"\n\n")
+        end = one.end
 
 
 # --- rats: what endorses evidence -----------------------------------------------------------------

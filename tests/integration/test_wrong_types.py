@@ -210,7 +210,7 @@ async def test_every_parameter_refuses_every_wrong_type_and_is_named(
 
 async def test_the_query_is_judged_like_the_body(appliance: RunningAppliance) -> None:
     async with appliance.client() as client:
-        for value in ("true", "False", "1", "", "null", CANARY, ["false", "true"]):
+        for value in ("yes", "False", "1", "", "null", CANARY, ["false", "true"], ["true", "true"]):
             response = await client.post(
                 "/v1/chat/completions",
                 params={"tee": value},
@@ -219,4 +219,11 @@ async def test_the_query_is_judged_like_the_body(appliance: RunningAppliance) ->
             assert response.status_code == 400, value
             assert response.json()["error"]["param"] == "tee"
             assert CANARY not in response.text
+        for query, body in (("true", False), ("false", True)):
+            response = await client.post(
+                "/v1/chat/completions",
+                params={"tee": query},
+                json={"model": MODEL, "messages": QUESTION, "tee": body},
+            )
+            assert (response.status_code, response.json()["error"]["param"]) == (400, "tee")
     assert await appliance.engine_seen() == []

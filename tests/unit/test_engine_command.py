@@ -220,6 +220,7 @@ def test_the_settings_say_what_the_configuration_says() -> None:
         "device": "cpu",
         "dtype": "float32",
         "attention-backend": "torch_native",
+        "chunked-prefill-size": -1,
         "enable-deterministic-inference": True,
         "random-seed": 7,
         "tp-size": 2,
@@ -307,6 +308,20 @@ def test_extra_args_become_settings_and_ours_stand_last() -> None:
         "disable-radix-cache",
         "gc-threshold",
     ]
+
+
+def test_on_a_cpu_prompts_are_not_cut_where_that_would_change_an_answer() -> None:
+    cut = {"extra_args": ("chunked-prefill-size=512",)}
+    for engine in (
+        changed(device="cuda", **cut),
+        changed(device="cpu", deterministic=False, **cut),
+    ):
+        assert settings(engine)["chunked-prefill-size"] == "512"
+    with pytest.raises(ConfigError, match="chunked-prefill-size"):
+        command(changed(device="cpu", **cut))
+    # A whole prompt may need much: how much is left for it is not SGLang's guess.
+    assert settings(changed(device="cpu"))["mem-fraction-static"] == 0.5
+    assert settings(changed(device="cpu", memory_fraction=0.7))["mem-fraction-static"] == 0.7
 
 
 @pytest.mark.parametrize("value", ["", "=", "a=b", "x y", '{"a": 1}', "-1", "-0.5", "1-2"])

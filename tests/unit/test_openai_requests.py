@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec.inspect as declared
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.config import REFUSED_REQUEST_KEYS
@@ -41,6 +41,7 @@ from appliance.wire.openai import (
     CompletionRequest,
     Endpoint,
     InferenceRequest,
+    Proof,
     convert,
     forwarded_body,
     parse_request,
@@ -462,6 +463,7 @@ any_json: st.SearchStrategy[JsonValue] = st.recursive(
 
 @both_endpoints
 @given(data=st.data())
+@settings(deadline=None)
 def test_no_error_quotes_a_value_of_a_random_body(endpoint: Endpoint, data: st.DataObject) -> None:
     keys = st.sampled_from(sorted(ENDPOINTS[endpoint].__struct_fields__))
     body = data.draw(st.dictionaries(keys, any_json, max_size=4))
@@ -573,19 +575,67 @@ def test_other_demands_on_the_provider_are_refused_with_400(
 
 @both_endpoints
 @pytest.mark.parametrize(
-    ("keys", "param"),
+    ("keys", "proof"),
     [
-        ({"tee": True}, "tee"),
-        ({"stream_options": {"include_receipt": True}}, "stream_options.include_receipt"),
-        ({"stream_options": {"include_checkpoints": True}}, "stream_options.include_checkpoints"),
+        ({}, Proof()),
+        ({"tee": True}, Proof(tee=True)),
+        ({"tee": False, "stream_options": None}, Proof(tee=False)),
+        ({"stream_options": {"include_receipt": True}}, Proof(receipt=True)),
+        ({"stream": False, "stream_options": {"include_receipt": True}}, Proof(receipt=True)),
+        ({"stream_options": {"include_checkpoints": True}}, Proof(checkpoints=True)),
     ],
 )
-def test_receipts_are_refused_until_there_are_some(
-    endpoint: Endpoint, keys: dict[str, JsonValue], param: str
+def test_what_is_to_be_proven_is_understood_and_not_forwarded(
+    endpoint: Endpoint, keys: dict[str, JsonValue], proof: Proof
 ) -> None:
-    error = refusal(endpoint, smallest(endpoint, stream=True, **keys))
-    assert isinstance(error, UnsupportedFeature)
-    assert error.param == param
+    body = smallest(endpoint, **{"stream": True, **keys})
+    understood = parse_request(endpoint, body)
+    assert understood.proof == proof
+    assert understood.proof.at_end == (proof.tee is True or proof.receipt)
+    assert understood.proof.wanted == (proof.tee is True or proof.receipt or proof.checkpoints)
+    sent = forwarded(endpoint, body)
+    assert "tee" not in sent
+    assert sent.get("stream_options", {}) == {}
+
+
+@both_endpoints
+@pytest.mark.parametrize("stream", [False, None])
+def test_checkpoints_on_the_way_are_for_streams_only(
+    endpoint: Endpoint, stream: bool | None
+) -> None:
+    options: JsonObject = {"include_checkpoints": True}
+    error = refusal(endpoint, smallest(endpoint, stream=stream, stream_options=options))
+    assert isinstance(error, InvalidRequest)
+    assert error.param == "stream_options.include_checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("body", "query", "tee"),
+    [
+        (None, [], None),
+        (None, ["true"], True),
+        (None, ["false"], False),
+        (True, [], True),
+        (True, ["true"], True),
+        (False, ["false"], False),
+        (True, ["false"], "contradicts"),
+        (False, ["true"], "contradicts"),
+        (None, ["yes"], "expected true or false"),
+        (None, ["True"], "expected true or false"),
+        (None, [""], "expected true or false"),
+        (None, ["true", "true"], "once"),
+        (True, ["true", "false"], "once"),
+    ],
+)
+def test_the_query_says_tee_once_and_nothing_contrary_to_the_body(
+    body: bool | None, query: list[str], tee: bool | str | None
+) -> None:
+    if not isinstance(tee, str):
+        assert Proof(tee=body).with_query(query) == Proof(tee=tee)
+        return
+    with pytest.raises(InvalidRequest, match=tee) as caught:
+        Proof(tee=body).with_query(query)
+    assert caught.value.param == "tee"
 
 
 @both_endpoints
@@ -866,6 +916,7 @@ prompts = st.text(max_size=5) | st.lists(st.text(max_size=5), min_size=1, max_si
 
 
 @given(bodies, prompts)
+@settings(deadline=None)
 def test_forwarded_bytes_are_jcs_of_the_body_with_the_change_and_can_be_recomputed(
     keys: dict[str, Any], prompt: str | list[str]
 ) -> None:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from appliance.errors import Malformed
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json_object
-from appliance.wire.output import MAX_CHOICES, output_of_answer, output_of_stream
+from appliance.wire.output import (
+    MAX_CHOICES,
+    OutputJoiner,
+    output_of_answer,
+    output_of_stream,
+    read_stream,
+)
 from appliance.wire.sse import DONE_EVENT, PING, encode_event
 from tests.fakes.sglang_dialect import EventStream, answer, encode
 from tests.fakes.sglang_model import generate
@@ -331,6 +337,76 @@ def test_what_sglang_streams_and_what_it_answers_have_one_digest(
 def test_a_stream_that_is_not_ours_is_malformed(content: bytes) -> None:
     with pytest.raises(Malformed):
         output_of_stream(content, max_bytes=MAX)
+
+
+DEEP = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        DEEP,
+        b'{"usage":' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}",
+        b'{"choices":[{"index":0,"delta":{"content":"a"},"text":"b"}]}',
+        b'{"choices":[{"index":0,"delta":{"content":"a"},"message":{"content":"b"}}]}',
+    ],
+)
+def test_what_is_not_read_is_refused_by_the_appliance_too(chunk: bytes) -> None:
+    content = b"data: " + chunk + b"\n\n"
+    with pytest.raises(Malformed):
+        OutputJoiner(max_bytes=MAX).add_events(content)
+    with pytest.raises(Malformed):
+        output_of_stream(content, max_bytes=MAX)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        b'{"choices":[{"index":0,"text":"a","text":"b"}]}',
+        b'{"choices":[{"index":0,"text":"a"}],"choices":[]}',
+        b'{"choices":[{"index":0,"message":{"content":"a"}}]}',
+        b'{"choices":[{"index":0,"text":"a"},{"index":0,"delta":{"content":"b"}}]}',
+        b'{"choices":[{"index":0,"delta":{"content":"b"}},{"index":0,"text":"a"}]}',
+        b'{"choices":[{"index":0,"text":"a"}],"x":9007199254740993}',
+        b'{"choices":[{"index":0,\r"text":"a"}]}',
+    ],
+)
+def test_a_verifier_reads_no_chunk_that_a_client_could_read_otherwise(chunk: bytes) -> None:
+    with pytest.raises(Malformed):
+        output_of_stream(b"data: " + chunk + b"\n\n" + DONE_EVENT, max_bytes=MAX)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"index": 0, "text": "a"}, {"index": 0, "text": "b"}],
+        [{"index": 1, "text": "a"}, {"index": 0, "text": "b"}],
+        [{"index": 0, "delta": {"content": "a"}}],
+    ],
+)
+def test_a_whole_answer_has_each_choice_once_in_order_and_whole(choices: list[JsonValue]) -> None:
+    with pytest.raises(Malformed):
+        output_of_answer({"choices": choices}, max_bytes=MAX)
+
+
+@pytest.mark.parametrize(
+    ("end", "ended"),
+    [
+        (DONE_EVENT, True),
+        (PING + DONE_EVENT, True),
+        (PING, False),
+        (DONE_EVENT + PING, False),
+        (DONE_EVENT + DONE_EVENT, False),
+        (encode_event({"error": {}}) + DONE_EVENT, False),
+    ],
+)
+def test_a_stream_has_ended_where_done_is_once_and_last_and_no_error_is_told(
+    end: bytes, ended: bool
+) -> None:
+    said = b'data: {"id":"c-1","choices":[{"index":0,"text":"CANARY"}]}\n\n'
+    read = read_stream(said + end, max_bytes=MAX)
+    assert (read.ended, read.ids) == (ended, frozenset({"c-1"}))
+    assert "CANARY" not in repr(read)
 
 
 def test_an_error_event_says_nothing_of_the_answer() -> None:

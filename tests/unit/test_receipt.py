@@ -23,11 +23,18 @@ from appliance.wire.canonical import (
 )
 from appliance.wire.commitments import Inclusion, Kind
 from appliance.wire.identity import PublicKey
-from appliance.wire.openai import Endpoint, forwarded_body, parse_request, plan_choices
+from appliance.wire.openai import (
+    Endpoint,
+    forwarded_bodies,
+    forwarded_body,
+    parse_request,
+    plan_choices,
+)
 from appliance.wire.receipt import (
     EMPTY_SHA256,
     MAX_RECEIPT_BYTES,
     MAX_REWRITES,
+    MAX_USAGE_BYTES,
     OUTCOMES,
     Ended,
     EngineUsed,
@@ -41,6 +48,7 @@ from appliance.wire.receipt import (
     Rewrite,
     forwarded_bytes,
     forwarded_hash,
+    is_usage,
     parse_receipt,
     read_events,
     receipt_document,
@@ -337,7 +345,7 @@ def test_a_value_that_only_looks_right_is_malformed(path: str, wrong: str) -> No
 
 
 @given(st.data())
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_events_out_of_order_twice_or_unknown_are_malformed(data: st.DataObject) -> None:
     value = json.loads(signed())
     log = value["event_log"]
@@ -371,6 +379,7 @@ def test_a_receipt_is_bounded() -> None:
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+@settings(deadline=None)
 def test_any_other_bytes_are_malformed(data: bytes) -> None:
     with pytest.raises(Malformed):
         parse_receipt(data)
@@ -394,7 +403,7 @@ def test_the_signature_verifies_and_covers_every_member() -> None:
 
 
 @given(st.integers(0, 64 * 8 - 1))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_a_signature_with_a_flipped_bit_never_verifies(bit: int) -> None:
     receipt = parse_receipt(signed())
     flipped = bytearray(receipt.signature)
@@ -457,7 +466,7 @@ options = st.fixed_dictionaries(
 
 
 @given(st.sampled_from(Endpoint), options, prompts, st.booleans())
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_forwarded_bytes_are_recomputed_from_the_wire_body_and_the_receipt(
     endpoint: Endpoint, keys: dict[str, JsonValue], prompt: Any, spaced: bool
 ) -> None:
@@ -484,7 +493,45 @@ def test_forwarded_bytes_are_recomputed_from_the_wire_body_and_the_receipt(
     assert read.engine is not None
     recomputed = [forwarded_bytes(raw, rewrite) for rewrite in read.engine.rewrite]
     assert recomputed == sent
+    assert list(forwarded_bodies(body, plans)) == sent
     assert read.forwarded == RequestForwarded(hashlib.sha256(b"".join(recomputed)).digest())
+
+
+def test_keys_from_beyond_the_first_plane_stand_where_jcs_has_them() -> None:
+    """By UTF-16 code units U+1F600 comes before U+FB01, by code points behind it."""
+    body: JsonObject = {"model": "m", "prompt": ["a", "b"], "\ufb01": 1, "\U0001f600": 2}
+    plans = plan_choices(
+        parse_request(Endpoint.COMPLETION, body, extra_keys=body),
+        response_id="cmpl-1",
+        seed=5,
+        cache_salt="salt",
+        max_choices=128,
+    )
+    sent = [forwarded_body(body, plan) for plan in plans]
+    assert list(forwarded_bodies(body, plans)) == sent
+
+
+@pytest.mark.parametrize(
+    ("usage", "fits"),
+    [
+        (None, True),
+        ({"total_tokens": 2**53 - 1}, True),
+        ({"total_tokens": 2**53}, False),
+        ({"details": {"cost": 0.5}}, True),
+        ({"cost": 1e20}, False),
+        ({"cost": float("nan")}, False),
+        ({"text": "\ud800"}, False),
+        ({"text": "x" * MAX_USAGE_BYTES}, False),
+        (json.loads('{"a":' * 17 + "1" + "}" * 17), False),
+    ],
+)
+def test_usage_that_not_every_parser_reads_alike_is_in_no_receipt(
+    usage: JsonObject | None, fits: bool
+) -> None:
+    assert is_usage(usage) is fits
+    if fits:
+        told = OutputComplete(sha("output"), ("stop",), usage)
+        assert read_events(parse_receipt(signed(replace(COMPLETE, output=told)))).output == told
 
 
 def test_no_prompt_of_several_is_in_a_receipt() -> None:

@@ -42,7 +42,7 @@ def chunk(number: int, text: str = " word") -> bytes:
 
 
 @given(st.lists(st.binary(max_size=SETTLE_BYTES // 2), max_size=8))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_prefix_is_the_digest_of_all_that_was_written_at_any_moment(writes: list[bytes]) -> None:
     looked, never_looked = (Transcript(max_bytes=MAX, streams=False) for _ in range(2))
     content, prefixes = b"", []
@@ -62,7 +62,7 @@ def test_nothing_written_is_the_empty_string() -> None:
 
 
 @given(st.integers(1, 200), st.lists(st.integers(0, 200), max_size=4), st.integers(1, 7))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_the_output_is_that_of_the_whole_content_whatever_is_looked_at_meanwhile(
     count: int, looks: list[int], together: int
 ) -> None:
