@@ -9,11 +9,13 @@
                       manifest, the instance document and the keyset are complete
     6 GPU ready       the GPUs may take work
     7 engine          started, ready, reachable from loopback only
+    8 self-test       one seeded request, asked twice, has one answer; where nothing is claimed
+                      about determinism, it is asked once, to warm up
     9 self-check      the appliance appraises its own report with the relying party's code
     10 listener       opened by `run`, which then says READY=1
 
-Stage 8, the golden self-test, is not there yet. Each stage logs one line, shows in the lifecycle,
-has a deadline, and fails as a BootError that names it.
+Each stage logs one line, shows in the lifecycle, has a deadline, and fails as a BootError that
+names it.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ from appliance.serving.lifecycle import Lifecycle
 from appliance.serving.own_evidence import OwnEvidence
 from appliance.serving.reattestation import Reattestation
 from appliance.serving.reports import Reports
+from appliance.serving.self_test import self_test, warm_up
 from appliance.serving.tokenizing import ModelTokenizer, load_tokenizer
+from appliance.wire.encoding import format_sha256
 from appliance.wire.evidence import GpuEvidence
 
 QUICK_S = 60.0
@@ -200,6 +204,13 @@ async def boot(
         "engine",
         config.engine.ready_deadline_s + SLACK_S,
         partial(owner.start_engine, command, keys),
+    )
+    # 8. What receipts will say of the engine, tried.
+    await stage(
+        8,
+        "self-test",
+        config.engine.ready_deadline_s,
+        partial(_self_test, config, identity, engine, log),
     )
     # 9. What a relying party will be told, appraised as one would. There are no reference values
     #    for ourselves here, so a warning passes.
@@ -427,6 +438,18 @@ async def _in_time(seconds: float, what: str, step: Callable[[], Awaitable[T]]) 
             return await step()
     except trio.TooSlowError:
         raise AttesterUnavailable(f"expected {what} within {seconds:g} s") from None
+
+
+async def _self_test(
+    config: MeasuredConfig, identity: Identity, engine: RunningEngine, log: Log
+) -> None:
+    address, limits, model = engine.address, config.limits, config.model.id
+    if not identity.claims_determinism:
+        await warm_up(address, limits, model=model)
+        log.warning("no_determinism_required")
+        return
+    digest = await self_test(address, limits, model=model)
+    log.info("deterministic", output=format_sha256(digest))
 
 
 async def _self_check(reattestation: Reattestation, reports: Reports) -> AttestationResult:

@@ -35,8 +35,10 @@ Whose fault it is comes first, because that decides what happens next:
     ├── EndorsementsUnavailable    what others vouch for could not be had
     ├── SecondOpinionFailed        the vendor's own verifier came to no verdict, or to another
     ├── VerificationIncomplete     the relying party could not check: nothing is known
+    ├── NotComparable              a replay would compare what need not be equal
     └── EngineError                the engine's
         ├── EngineStartFailed  EngineExposed          it never became usable
+        ├── EngineNotDeterministic                    it answers one request in two ways
         ├── EngineDied  EngineHung                    it stopped being usable
         ├── EngineUnavailable                         it did not accept this request
         ├── EngineProtocolError  EngineStreamFailed   it broke off, or did not speak its dialect
@@ -344,6 +346,15 @@ class VerificationIncomplete(ApplianceError):
     advice = "Check the address, the files and the network."
 
 
+class NotComparable(ApplianceError):
+    """An answer and its replay were promised to nobody to be equal."""
+
+    code = "not_comparable"
+    exit_status = EX_UNAVAILABLE
+    client = "Replay it against an appliance with the same weights and engine settings."
+    advice = "Replay it against an appliance with the same weights and engine settings."
+
+
 class EngineError(ApplianceError):
     http_status = 503
     client = "Try again; of a stream that broke off, keep nothing that needs its end."
@@ -359,6 +370,17 @@ class EngineExposed(EngineError):
     code = "engine_exposed"
     exit_status = EX_UNAVAILABLE
     advice = "Remove what makes the engine listen beyond loopback from [engine] extra_args."
+
+
+class EngineNotDeterministic(EngineError):
+    """It cannot keep what its receipts would say."""
+
+    code = "engine_not_deterministic"
+    exit_status = EX_UNAVAILABLE
+    advice = (
+        "Check that the engine's version, kernels and [engine] settings are the locked ones; "
+        "[engine] deterministic = false serves without the claim, and receipts say so."
+    )
 
 
 class EngineDied(EngineError):

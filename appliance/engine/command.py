@@ -123,9 +123,14 @@ def effective_settings(engine: Engine, model: Model) -> dict[str, JsonValue]:
     """All options the engine is given, but for its address and its keys.
 
     Raises:
-        ConfigError: as for `parse_extra_args`.
+        ConfigError: as for `parse_extra_args`; or one of them is ours on this device.
     """
-    return {**parse_extra_args(engine.extra_args), **engine_settings(engine, model)}
+    extra, ours = parse_extra_args(engine.extra_args), engine_settings(engine, model)
+    if both := extra.keys() & ours.keys():
+        raise ConfigError(
+            f"[engine] extra_args: `{min(both)}` may not be set with these [engine] settings"
+        )
+    return {**extra, **ours}
 
 
 def engine_settings(engine: Engine, model: Model) -> dict[str, JsonValue]:
@@ -151,6 +156,12 @@ def engine_settings(engine: Engine, model: Model) -> dict[str, JsonValue]:
     }
     if engine.device == "cpu":
         settings["sleep-on-idle"] = True  # else the scheduler spins on a core we share
+        if engine.deterministic:
+            # Where a long prompt is cut depends on who else is served, and torch_native rounds
+            # otherwise behind another cut (docs/determinism.md). So none is cut.
+            settings["chunked-prefill-size"] = -1
+            # For a whole prompt SGLang would set aside more memory than a small machine has.
+            settings["mem-fraction-static"] = 0.5
     optional: dict[str, JsonValue] = {
         "context-length": engine.context_length,
         "mem-fraction-static": engine.memory_fraction,

@@ -1,5 +1,5 @@
-"""`just demo`: boot the appliance with the real SGLang, ask it one question, show the answer, and
-verify the appliance: live, offline from a saved bundle, and with one byte of the evidence changed.
+"""`just demo`: boot the appliance with the real SGLang, ask it one question, show the answer; ask
+under verification, replay that answer, and verify it offline: as it is, and with one byte changed.
 
 It runs the `dcv` command as an operator would and the unmodified `openai` package as a developer
 would, over TLS, trusting nothing but the certificate the appliance wrote at its boot.
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import openai
 from paths import LAYOUT
@@ -25,6 +25,10 @@ from rich.console import Console
 from serve import MODEL_ID, write_config
 
 QUESTION: Final = "What is the capital of France?"
+VERIFIED_QUESTION: Final = "Tell me about the sea in one sentence."
+"""Sampled, so that a replay has something to show."""
+EXIT_WARNING: Final = 3
+"""Of `dcv verify` and `dcv chat`."""
 BOOT_S: Final = 900.0
 STOP_S: Final = 60.0
 DCV: Final = Path(sys.executable).with_name("dcv")
@@ -42,7 +46,8 @@ def main() -> int:
     try:
         with running_appliance(folder) as url:
             ask(url, folder / "tls.pem")
-            save(url, folder)
+            ask_verified(url, folder)
+            replay(url, folder)
         verify_offline(folder)
     except DemoError as error:
         console.print(f"[red]{error}[/red]", soft_wrap=True)
@@ -120,9 +125,25 @@ def ask(url: str, certificate: Path) -> None:
         raise DemoError("expected the answer to name Paris")
 
 
-def save(url: str, folder: Path) -> None:
-    """Verify the running appliance and keep what it showed."""
-    _verify("the appliance, now", "warning", url, "--save", folder / "bundle.json", folder=folder)
+def ask_verified(url: str, folder: Path) -> None:
+    """Ask the way a relying party does, and keep what proves the answer, content included."""
+    console.print(f"[bold]> {VERIFIED_QUESTION}[/bold] (dcv chat)")
+    command: list[str | Path] = [DCV, "chat", url, VERIFIED_QUESTION]
+    command += ["--policy", folder / "policy.toml"]
+    command += ["--save", folder / "bundle.json", "--with-content"]
+    # The verdict comes on standard error, after the answer.
+    if subprocess.run(command, check=False).returncode != EXIT_WARNING:
+        raise DemoError("expected the answer's verdict to be warning: this hardware is simulated")
+
+
+def replay(url: str, folder: Path) -> None:
+    """Have the kept answer given again, from the recorded seed."""
+    command: list[str | Path] = [DCV, "replay", folder / "bundle.json", "--against", url]
+    command += ["--policy", folder / "policy.toml", "--json"]
+    told = _json_of(subprocess.run(command, capture_output=True, text=True, check=False))
+    console.print(f"replayed: [green]{told['result']}[/green]", soft_wrap=True)
+    if told["result"] != "reproduced":
+        raise DemoError("expected the same answer to the same request and seed")
 
 
 def verify_offline(folder: Path) -> None:
@@ -140,11 +161,7 @@ def verify_offline(folder: Path) -> None:
 
 def _verify(what: str, expected: str, *arguments: str | Path, folder: Path) -> None:
     command = [DCV, "verify", *arguments, "--policy", folder / "policy.toml", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    try:
-        outcome = json.loads(done.stdout)
-    except ValueError as unreadable:
-        raise DemoError(f"dcv verify: {done.stderr}") from unreadable
+    outcome = _json_of(subprocess.run(command, capture_output=True, text=True, check=False))
     error = outcome["error"] or {}
     reasons = {one["got"] for one in outcome["findings"] if "test root" in one["got"]}
     why = error.get("message") or "; ".join(sorted(reasons)) or "no finding"
@@ -152,6 +169,15 @@ def _verify(what: str, expected: str, *arguments: str | Path, folder: Path) -> N
     console.print(f"{what}: [{style}]{outcome['verdict']}[/{style}]: {why}", soft_wrap=True)
     if outcome["verdict"] != expected:
         raise DemoError(f"expected the verdict {expected}")
+
+
+def _json_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """What a command with `--json` said."""
+    try:
+        told: dict[str, Any] = json.loads(done.stdout)
+    except ValueError as unreadable:
+        raise DemoError(f"dcv {done.args[1]}: {done.stderr}") from unreadable
+    return told
 
 
 def _status(folder: Path) -> dict[str, object]:

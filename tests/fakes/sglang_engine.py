@@ -596,7 +596,7 @@ class Server:
             log(f"Receive: prompt={request.prompts!r}")
         choices = model.generate(
             request,
-            settings,
+            replace(settings, deterministic=False) if "not_deterministic" in modes else settings,
             entropy=secrets.randbits(64),
             new_id=lambda: secrets.token_hex(16),
             length=int(modes.number("long")) if "long" in modes else None,

@@ -31,6 +31,7 @@ MODES: Final[Mapping[str, str]] = {
     "slow": "50",  # milliseconds per token
     "first_token_delay": "500",  # milliseconds before the first token
     "long": "100000",  # tokens in the answer, whatever the request says
+    "not_deterministic": "",  # samples as without --enable-deterministic-inference
     "huge_body": "64",  # mebibytes in one token
     "lazy_disconnect": "4000",  # milliseconds until a non-streamed request's disconnect is noticed
     # - instead of an answer -

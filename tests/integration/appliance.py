@@ -26,6 +26,7 @@ from appliance.errors import ApplianceError
 from appliance.log import configure_log
 from appliance.notify import Notifier
 from appliance.run import run
+from appliance.serving.self_test import REQUEST_IDS
 
 FAKE_ENGINE = Path(__file__).parent.parent / "fakes" / "sglang_engine.py"
 MODEL = "stand-in"
@@ -101,8 +102,9 @@ class RunningAppliance:
         response.raise_for_status()
 
     async def engine_seen(self) -> list[dict[str, Any]]:
+        """What it was asked since the boot, whose own requests are left out."""
         seen: list[dict[str, Any]] = (await self.engine_get("/_seen")).json()
-        return seen
+        return [one for one in seen if not one["rid"].startswith(REQUEST_IDS)]
 
     async def engine_counter(self, name: str) -> float:
         """A counter of the engine's own, summed over labels."""
