@@ -29,7 +29,9 @@ from appliance.serving.auth import create_key, hash_key
 from appliance.serving.keys import close_memory
 from appliance.verifier.chat import add_chat
 from appliance.verifier.commands import add_appraise
+from appliance.verifier.proxy import add_proxy
 from appliance.verifier.receipt_command import add_receipt
+from appliance.verifier.replay import add_replay
 from appliance.verifier.verify_command import add_verify
 
 DEFAULT_ATTESTER_SOCKET = "/run/dcv-attester/attester.sock"
@@ -249,7 +251,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add_verify(commands)
     add_receipt(commands)
+    add_replay(commands)
     add_chat(commands)
+    add_proxy(commands)
     add_appraise(commands)
     return parser
 

@@ -17,7 +17,7 @@ import secrets
 import ssl
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,35 +28,23 @@ from msgspec import Struct
 from rich.console import Console
 
 from appliance.errors import ApplianceError, Malformed, VerificationIncomplete
-from appliance.rats.exchange import Exchange
 from appliance.rats.result import Tier
+from appliance.verifier.answers import Answered, collect_exchange, is_receipt_id
+from appliance.verifier.arguments import EXIT_STATUS, add_rules, credential
 from appliance.verifier.bundle import MAX_CONTENT_BYTES, Bundle
 from appliance.verifier.check import Rules, fetch, load_rules
 from appliance.verifier.render import render
 from appliance.verifier.session import pinned_client
 from appliance.verifier.verdict import Outcome, of_error
-from appliance.verifier.verify_command import EXIT_STATUS, NONCE_BYTES, outcome_of, save
-from appliance.wire import epoch as epoch_format
-from appliance.wire import report as report_format
+from appliance.verifier.verify_command import NONCE_BYTES, outcome_of, save
 from appliance.wire.canonical import canonical_json
-from appliance.wire.encoding import format_sha256
-from appliance.wire.epoch import parse_epoch
-from appliance.wire.receipt import MAX_RECEIPT_BYTES, parse_receipt, read_events
-from appliance.wire.report import parse_report
 
 CHAT_PATH = "/v1/chat/completions"
 
 READ_S = 120.0
 """Between two parts of an answer; the appliance sends heartbeats in between."""
 
-RECEIPT_S = 10.0
-"""How long a receipt may take once the answer has ended: one that broke off has its receipt when
-the appliance has noticed."""
-
-RETRY_S = 0.2
-FETCH_S = 60.0
 MAX_PROMPT_BYTES = 4 << 20
-MAX_KEY_BYTES = 4096
 
 
 def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -71,12 +59,10 @@ def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     chat.add_argument("url", metavar="URL", help="https://HOST:8443")
     chat.add_argument("prompt", metavar="PROMPT", help="what to ask; `-`: from standard input")
-    for option, text in (
-        ("--policy", "TOML, your policy; default: the strict one"),
-        ("--reference", "JSON, reference values of images you accept"),
-        ("--api-key-file", "holds the API key and nothing else"),
-    ):
-        chat.add_argument(option, type=Path, metavar="FILE", help=text)
+    add_rules(chat)
+    chat.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="holds the API key and nothing else"
+    )
     chat.add_argument("--model", metavar="ID", help="default: the one that the evidence proves")
     chat.add_argument(
         "--save", type=Path, metavar="BUNDLE", help="keep what was fetched, to verify it again"
@@ -108,7 +94,7 @@ def _chat(arguments: argparse.Namespace) -> Outcome:
         raise VerificationIncomplete("--with-content: expected --save BUNDLE beside it")
     rules = load_rules(arguments.policy, arguments.reference)
     prompt = _prompt(arguments.prompt)
-    headers = {} if arguments.api_key_file is None else _credential(arguments.api_key_file)
+    headers = {} if arguments.api_key_file is None else credential(arguments.api_key_file)
     return trio.run(partial(_ask_and_verify, arguments, rules, prompt, headers))
 
 
@@ -126,11 +112,11 @@ async def _ask_and_verify(
     assert bundle.spki_sha256 is not None
     body = _request_body(arguments.model or _model_of(bundle), prompt)
     try:
-        async with pinned_client(bundle.url, bundle.spki_sha256, read_s=READ_S) as client:
+        async with pinned_client(bundle.url, (bundle.spki_sha256,), read_s=READ_S) as client:
             client.headers.update(headers)
             answered = await _ask(client, body)
             # Step 10, with what it needs.
-            bundle = await _collect(client, bundle, answered, body)
+            bundle = await collect_exchange(client, bundle, answered, body)
     except (httpx2.HTTPError, httpx2.InvalidURL, ssl.SSLError, OSError) as error:
         reason = str(error) or type(error).__name__
         raise VerificationIncomplete(f"cannot ask {bundle.url}: {reason}") from error
@@ -140,16 +126,7 @@ async def _ask_and_verify(
     return outcome_of(bundle, rules, at=checked, source="clock")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class _Answered:
-    """What came back: every content byte, and by which id its receipt is found."""
-
-    receipt_id: str
-    client_nonce: bytes
-    content: bytes
-
-
-async def _ask(client: httpx2.AsyncClient, body: bytes) -> _Answered:
+async def _ask(client: httpx2.AsyncClient, body: bytes) -> Answered:
     """Send the prompt and print the answer as it comes.
 
     Raises:
@@ -182,68 +159,9 @@ async def _ask(client: httpx2.AsyncClient, body: bytes) -> _Answered:
     printer.end()
     if not streams:
         _say(f"the appliance refused: HTTP {response.status_code} {_message(bytes(content))}")
-    if not _is_name(receipt_id):
+    if not is_receipt_id(receipt_id):
         raise VerificationIncomplete("expected an answer with a receipt (X-Receipt-Id)")
-    return _Answered(receipt_id, nonce, bytes(content))
-
-
-async def _collect(
-    client: httpx2.AsyncClient, bundle: Bundle, answered: _Answered, body: bytes
-) -> Bundle:
-    """The bundle, with the receipt and everything that it cites.
-
-    Raises:
-        Malformed: what came is none. VerificationIncomplete: it cannot be had.
-    """
-    receipt = parse_receipt(await _receipt(client, answered.receipt_id))
-    log = read_events(receipt)
-    cited = {one.evidence_digest for one in (log.admission, log.completion) if one is not None}
-    epochs = []
-    for digest in sorted(cited):
-        data = await _get(client, f"/v1/dcv/epochs/{format_sha256(digest)}", epoch_format.MAX_BYTES)
-        epochs.append(parse_epoch(data))
-    exchange = Exchange(receipt, tuple(epochs), body, answered.content, answered.client_nonce)
-    if receipt.keyset_digest != bundle.report.keyset_digest:
-        # The keyset was renewed in between; the receipt's own has its null form.
-        path = f"/v1/dcv/reports/{format_sha256(receipt.keyset_digest)}"
-        report = parse_report(await _get(client, path, report_format.MAX_BYTES))
-        bundle = replace(bundle, report=report, nonce=None)
-    return replace(bundle, exchange=exchange)
-
-
-async def _receipt(client: httpx2.AsyncClient, receipt_id: str) -> bytes:
-    with trio.move_on_after(RECEIPT_S):
-        while True:
-            data = await _get_if_there(client, f"/v1/aci/receipts/{receipt_id}", MAX_RECEIPT_BYTES)
-            if data is not None:
-                return data
-            await trio.sleep(RETRY_S)
-    raise VerificationIncomplete(f"expected the answer's receipt within {RECEIPT_S:g} s")
-
-
-async def _get(client: httpx2.AsyncClient, path: str, max_bytes: int) -> bytes:
-    data = await _get_if_there(client, path, max_bytes)
-    if data is None:
-        raise VerificationIncomplete(f"{path}: the appliance does not have it")
-    return data
-
-
-async def _get_if_there(client: httpx2.AsyncClient, path: str, max_bytes: int) -> bytes | None:
-    try:
-        with trio.fail_after(FETCH_S):
-            async with client.stream("GET", path) as response:
-                if response.status_code == httpx2.codes.NOT_FOUND:
-                    return None
-                if response.status_code != httpx2.codes.OK:
-                    raise VerificationIncomplete(f"{path}: got HTTP {response.status_code}")
-                data = bytearray()
-                async for part in response.aiter_raw():
-                    data += part
-                    if len(data) > max_bytes:
-                        raise VerificationIncomplete(f"{path}: expected at most {max_bytes} bytes")
-                return bytes(data)
-    except trio.TooSlowError:
-        raise VerificationIncomplete(f"{path}: expected it within {FETCH_S:g} s") from None
+    return Answered(receipt_id, nonce, bytes(content))
 
 
 def _without_content(bundle: Bundle) -> Bundle:
@@ -301,7 +219,7 @@ def _texts(events: list[bytes]) -> Iterator[str]:
             continue
         try:
             chunk = msgspec.json.decode(event.removeprefix(b"data: "), type=_Chunk)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             continue
         for choice in chunk.choices:
             if choice.delta is not None and choice.delta.content:
@@ -317,7 +235,7 @@ def _message(content: bytes) -> str:
     """Of an error object, its own words."""
     try:
         return _printable(msgspec.json.decode(content, type=_ErrorBody).error.message)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return ""
 
 
@@ -366,22 +284,6 @@ def _prompt(argument: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         raise VerificationIncomplete("prompt: expected UTF-8 text") from None
-
-
-def _credential(path: Path) -> dict[str, str]:
-    try:
-        with path.open("rb") as file:
-            key = file.read(MAX_KEY_BYTES).strip()
-    except OSError as error:
-        raise VerificationIncomplete(f"--api-key-file {path}: {error.strerror}") from error
-    if not key or not key.isascii() or not key.decode("ascii").isprintable():
-        raise VerificationIncomplete(f"--api-key-file {path}: expected one line with the key")
-    return {"Authorization": f"Bearer {key.decode('ascii')}"}
-
-
-def _is_name(text: str) -> bool:
-    """Of a receipt: it goes into a path."""
-    return 0 < len(text) <= 64 and text.isascii() and text.isalnum()
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ from appliance.rats.model import Anchors
 from appliance.rats.reference import ReferenceValues, parse_reference_values
 from appliance.rats.result import AttestationResult, conclude
 from appliance.verifier.bundle import Bundle
-from appliance.verifier.session import fetch_report
+from appliance.verifier.session import Fetched, base_url, fetch_report
 from appliance.wire.report import parse_report
 
 MAX_FILE_BYTES = 1 << 20
@@ -91,8 +91,17 @@ async def fetch(url: str, nonce: bytes, *, now: datetime.datetime) -> Bundle:
         VerificationIncomplete: it cannot be had. Malformed: what came is no report.
     """
     fetched = await fetch_report(url, nonce)
+    return as_bundle(fetched, url, nonce, now=now)
+
+
+def as_bundle(fetched: Fetched, url: str, nonce: bytes, *, now: datetime.datetime) -> Bundle:
+    """What step 1 brought.
+
+    Raises:
+        Malformed: it is no report. VerificationIncomplete: not an https URL.
+    """
     return Bundle(
-        url=fetched.url,
+        url=base_url(url),
         fetched_at=int(now.timestamp()),
         nonce=nonce,
         spki_sha256=fetched.spki_sha256,

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from appliance.errors import ApplianceError, Malformed, VerificationIncomplete
+from appliance.errors import Malformed, VerificationIncomplete
 from appliance.rats.exchange import Exchange
+from appliance.verifier.arguments import EXIT_STATUS, add_json, add_rules, add_time, tell
 from appliance.verifier.bundle import MAX_CONTENT_BYTES, Bundle, read_bundle
 from appliance.verifier.check import load_rules
 from appliance.verifier.raw_evidence import parse_hex, parse_time
-from appliance.verifier.render import render
-from appliance.verifier.verdict import Outcome, of_error
+from appliance.verifier.verdict import Outcome
 from appliance.verifier.verify_command import (
-    EXIT_STATUS,
     NONCE_BYTES,
     outcome_of,
     read_bundle_file,
@@ -47,31 +42,18 @@ def add_receipt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         ("--epoch", "of a bare receipt: the evidence that it cites"),
         ("--request", "of a bare receipt: the body that was sent"),
         ("--response", "of a bare receipt: the content that came"),
-        ("--policy", "TOML, your policy; default: the strict one"),
-        ("--reference", "JSON, reference values of images you accept"),
     ):
         verify.add_argument(option, type=Path, metavar="FILE", help=text)
     verify.add_argument("--nonce", metavar="HEX", help="32 bytes that --report was asked with")
-    verify.add_argument(
-        "--at",
-        metavar="RFC3339",
-        help="judge as of this time; default: when the answer was served, by the appliance's word",
-    )
-    verify.add_argument("--json", action="store_true", help="the outcome as JSON")
+    add_rules(verify)
+    add_time(verify, default="when the answer was served, by the appliance's word")
+    add_json(verify)
     verify.set_defaults(command=receipt_command)
 
 
 def receipt_command(arguments: argparse.Namespace) -> int:
     """`dcv receipt verify`: prints the outcome and returns its exit status."""
-    try:
-        outcome = _verify(arguments)
-    except ApplianceError as error:
-        outcome = of_error(error)
-    if arguments.json:
-        sys.stdout.write(json.dumps(outcome.to_json(), indent=2) + "\n")
-    else:
-        render(outcome, Console(highlight=False, markup=False, emoji=False))
-    return outcome.exit_status
+    return tell(arguments, _verify)
 
 
 def _verify(arguments: argparse.Namespace) -> Outcome:

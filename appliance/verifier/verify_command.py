@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import secrets
-import sys
 from functools import partial
 from pathlib import Path
 
 import trio
-from rich.console import Console
 
-from appliance.errors import ApplianceError, Malformed, VerificationIncomplete
+from appliance.errors import Malformed, VerificationIncomplete
 from appliance.rats.result import AttestationResult
+from appliance.verifier.arguments import EXIT_STATUS, add_json, add_rules, add_time, tell
 from appliance.verifier.bundle import MAX_BUNDLE_BYTES, Bundle, parse_bundle
 from appliance.verifier.check import Rules, check, fetch, load_rules
 from appliance.verifier.raw_evidence import parse_time
-from appliance.verifier.render import render
-from appliance.verifier.verdict import Outcome, of_error, of_result
+from appliance.verifier.verdict import Outcome, of_result
 from appliance.wire.canonical import JsonObject
 
 NONCE_BYTES = 32
@@ -32,11 +29,6 @@ WORD_OF = {
 }
 """Who says what time it is, by `at.source`: a signature proves nothing about a clock."""
 
-EXIT_STATUS = (
-    "Exit status: 0 affirming, 1 contraindicated, 2 could not be checked (bad arguments, files that "
-    "cannot be read, nobody answers), 3 warning."
-)
-
 
 def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `verify`."""
@@ -48,35 +40,22 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EXIT_STATUS,
     )
     verify.add_argument("what", metavar="URL|BUNDLE", help="https://HOST:8443, or a bundle's file")
-    verify.add_argument(
-        "--policy", type=Path, metavar="FILE", help="TOML, your policy; default: the strict one"
-    )
-    verify.add_argument(
-        "--reference", type=Path, metavar="FILE", help="JSON, reference values of images you accept"
-    )
+    add_rules(verify)
     verify.add_argument(
         "--save", type=Path, metavar="BUNDLE", help="keep what was fetched, to verify it again"
     )
-    verify.add_argument(
-        "--at",
-        metavar="RFC3339",
-        help="judge as of this time; default: now; of a bundle when the answer in it was served, by the appliance's word, or when it was made, by its maker's",
+    add_time(
+        verify,
+        default="now; of a bundle when the answer in it was served, by the appliance's word, or when "
+        "it was made, by its maker's",
     )
-    verify.add_argument("--json", action="store_true", help="the outcome as JSON")
+    add_json(verify)
     verify.set_defaults(command=verify_command)
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """`dcv verify`: prints the outcome and returns its exit status."""
-    try:
-        outcome = _verify(arguments)
-    except ApplianceError as error:
-        outcome = of_error(error)
-    if arguments.json:
-        sys.stdout.write(json.dumps(outcome.to_json(), indent=2) + "\n")
-    else:
-        render(outcome, Console(highlight=False, markup=False, emoji=False))
-    return outcome.exit_status
+    return tell(arguments, _verify)
 
 
 def _verify(arguments: argparse.Namespace) -> Outcome:

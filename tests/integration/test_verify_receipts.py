@@ -4,10 +4,11 @@ TLS, and real people in between."""
 from __future__ import annotations
 
 import json
+import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ import trustme
 
 from appliance.errors import Unbound
 from appliance.serving.auth import hash_key
-from appliance.verifier.session import PinnedContext, pinned_client, spki_of
+from appliance.verifier.session import pinned_client
+from appliance.verifier.tls import PinnedContext, spki_of
 from tests.integration.appliance import MODEL, QUESTION, RunningAppliance, Sections, start_appliance
 from tests.integration.test_attestation import POLICY, checks
 
@@ -158,7 +160,8 @@ async def test_a_key_is_read_from_a_file_and_a_refusal_is_told(
 async def test_an_answer_that_breaks_off_is_told_and_its_receipt_says_so(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
-    appliance = await start_appliance(nursery, tmp_path, modes=("error_event",))
+    appliance = await start_appliance(nursery, tmp_path)
+    await appliance.engine_control({"set": {"error_event": None}})
     done = await chat(appliance.url, tmp_path, PROMPT)
     assert done.status == 3, done.err
     assert "warning: engine_failed" in done.err
@@ -182,6 +185,13 @@ class Between:
     intercepts: Callable[[int], bool]
     connections: int = 0
     read: bytearray = field(default_factory=bytearray)
+    open: set[trio.SocketStream] = field(default_factory=set)
+
+    def drop(self) -> None:
+        """End every connection, so that the next request needs another."""
+        for stream in self.open:
+            with suppress(OSError):  # it has gone by itself
+                stream.socket.shutdown(socket.SHUT_RDWR)
 
     @property
     def url(self) -> str:
@@ -215,6 +225,15 @@ async def between(
 
     async def relay(stream: trio.SocketStream) -> None:
         number, he.connections = he.connections, he.connections + 1
+        he.open.add(stream)
+        try:
+            await hand_on(stream, number)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # who would not talk to him
+        finally:
+            he.open.discard(stream)
+
+    async def hand_on(stream: trio.SocketStream, number: int) -> None:
         if he.intercepts(number):
             outside: trio.abc.Stream = trio.SSLStream(
                 stream, context, server_side=True, https_compatible=True
@@ -286,9 +305,9 @@ async def test_a_pinned_connection_ends_at_its_key_or_sends_nothing(
     where = ("127.0.0.1", appliance.port)
     pem = await trio.to_thread.run_sync(ssl.get_server_certificate, where)
     spki = spki_of(ssl.PEM_cert_to_DER_cert(pem))
-    async with pinned_client(appliance.url, spki, read_s=20) as client:
+    async with pinned_client(appliance.url, [spki], read_s=20) as client:
         assert (await client.get("/health")).status_code == 200
-    async with pinned_client(appliance.url, b"\x00" * 32, read_s=20) as client:
+    async with pinned_client(appliance.url, [b"\x00" * 32], read_s=20) as client:
         with pytest.raises(Unbound, match="somebody stands between"):
             await client.get("/health")
 
