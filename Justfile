@@ -86,10 +86,10 @@ lock *NAMES:
 vectors: setup
     {{python}} tests/vectors/generate.py
 
-# Build an image (needs image/build-packages.txt; `just image test --lock` the first time)
+# Build an image (needs image/build-packages.txt)
 [group('image')]
 image profile="test" *ARGS: setup
-    python3 image/build.py {{profile}} {{ARGS}}
+    {{python}} image/build.py {{profile}} {{ARGS}}
 
 # Boot the test image in QEMU, with a software TPM, in the foreground
 [group('image')]
@@ -101,7 +101,12 @@ image-boot *ARGS:
 image-measure *ARGS:
     {{python}} -m image.measure {{ARGS}}
 
-# Boot the built test image and look at it from outside (minutes)
+# Boot the built test image and others that must be refused, and look at them from outside (minutes)
 [group('image')]
-image-test:
-    {{python}} -m pytest -q tests/image
+image-test *ARGS:
+    {{python}} -m pytest -q tests/image/test_boot.py {{ARGS}}
+
+# Build an image twice and compare every hash
+[group('image')]
+image-reproduce profile="test": setup
+    {{python}} image/reproduce.py {{profile}}

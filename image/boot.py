@@ -43,7 +43,11 @@ AK_ATTRIBUTES: Final = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|re
 FIRMWARE: Final = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 FIRMWARE_VARIABLES: Final = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 GUEST_PORT: Final = 8443
+CPUS: Final = "1"
+"""QEMU without KVM lets one processor run an instruction while another one patches it, which a Linux
+that starts does a lot: with two, one boot of a dozen ended in an oops."""
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+LIBC: Final = ctypes.CDLL(None)
 START_S: Final = 10.0
 
 # A filter of swtpm's own kills it on some kernels: then QEMU says "Broken pipe".
@@ -57,9 +61,15 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=GUEST_PORT, help="on 127.0.0.1")
     parser.add_argument("--log", type=Path, default=Path("serial.log"))
     parser.add_argument("--memory", default="2048", help="MiB")
-    parser.add_argument("--cpus", default="2")
+    parser.add_argument("--cpus", default=CPUS)
     parser.add_argument("--accel", default="tcg,thread=multi", help="as QEMU spells it")
     parser.add_argument("--smbios", action="append", default=[], help="as QEMU spells it")
+    parser.add_argument("--second-disk", type=Path, help="read-only original, not booted from")
+    parser.add_argument(
+        "--words",
+        type=Path,
+        help="socket to be made: what a test machine is asked (`test` profile)",
+    )
     parser.add_argument(
         "--key",
         choices=("certified", "stranger", "none"),
@@ -67,8 +77,7 @@ def main() -> int:
         help="the TPM's attestation key: as it should be, certified by somebody unknown, not there",
     )
     arguments = parser.parse_args()
-    # A caller that is killed takes the machine with it.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_caller()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(130))
     with tempfile.TemporaryDirectory(prefix="dcv-vm-") as name:
@@ -88,6 +97,8 @@ def main() -> int:
                 cpus=arguments.cpus,
                 accel=arguments.accel,
                 smbios=arguments.smbios,
+                second_disk=arguments.second_disk,
+                words=arguments.words,
             )
             with running(command) as machine:
                 return machine.wait()
@@ -104,9 +115,18 @@ def qemu_command(
     cpus: str,
     accel: str,
     smbios: Sequence[str] = (),
+    second_disk: Path | None = None,
+    words: Path | None = None,
 ) -> list[str]:
     """A machine with nothing in it but what is named here."""
     extra = [one for value in smbios for one in ("-smbios", value)]
+    if second_disk is not None:
+        extra += ["-drive", f"if=none,id=second,format=raw,snapshot=on,file={second_disk}"]
+        extra += ["-device", "virtio-blk-pci,drive=second"]
+    if words is not None:
+        extra += ["-chardev", f"socket,id=words,path={words},server=on,wait=off"]
+        extra += ["-device", "virtio-serial-pci"]
+        extra += ["-device", "virtserialport,chardev=words,name=dcv.test"]
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
         # A guest that panics reboots at once (`panic=-1`), and is then over.
@@ -192,10 +212,19 @@ def vm_tpm(folder: Path) -> Iterator[Path]:
         yield control
 
 
+def die_with_caller(number: int = signal.SIGTERM) -> None:
+    """A caller that is killed takes this process with it, also after an exec."""
+    LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
 @contextlib.contextmanager
 def running(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is gone at the end."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    """A process that is gone at the end, whichever way this one ends."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=die_with_caller,  # noqa: PLW1509  # there is one thread
+    )
     try:
         yield process
     finally:

@@ -9,6 +9,11 @@
 Results lie in image/out/PROFILE. Nothing here depends on the machine's distribution but Python
 3.11, pip and image/build-packages.txt; mirrors are those of the machine's own apt configuration.
 The commit's time is the time of every file.
+
+The root's packages are those of image/packages/PROFILE.txt, by hash: from the cache, else from the
+mirrors. Debian removes a package some time after its successor came out; then the build ends with
+status 69 and names it. `--lock` takes what the mirrors have now and writes the list anew,
+`--unlocked` takes that for this build and leaves the list alone.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 IMAGE: Final = ROOT / "image"
@@ -43,16 +49,27 @@ INITRD_APPLETS: Final = (
     *("cat", "cut", "echo", "false", "grep", "mount", "sed", "sh", "sleep", "switch_root", "tr"),
 )
 
-EX_CONFIG: Final = 78
+EX_UNAVAILABLE: Final = 69
+"""A locked package is nowhere to be had (sysexits.h)."""
 
 
 class BuildError(Exception):
     """What is missing or wrong, in one line for whoever builds."""
 
 
+class PackagesGoneError(BuildError):
+    """Locked packages that neither the cache nor a mirror has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One build of one commit."""
+    """One build of one commit.
+
+    Attributes:
+        work: scratch. cache: tools and packages, shared by all builds. out: results.
+        lock: the root's Debian packages, a `Package` a line.
+        config: what is measured instead of the profile's own configuration.
+    """
 
     profile: str
     output: str
@@ -61,6 +78,9 @@ class Build:
     epoch: int
     work: Path
     cache: Path
+    out: Path
+    lock: Path
+    config: Path | None = None
 
     @property
     def tools(self) -> Path:
@@ -79,37 +99,55 @@ class Build:
         return self.work / "initrd.cpio.zst"
 
     @property
-    def lock(self) -> Path:
-        """The profile's Debian packages: name, version, architecture, SHA-256."""
-        return IMAGE / f"packages/{self.profile}.txt"
+    def packages(self) -> Path:
+        """Beside the image: the lock that it was made by, or that would make it again."""
+        return self.out / "packages.txt"
 
     @property
     def archives(self) -> Path:
         """Package files, as apt names them; shared by all profiles."""
         return self.cache / "packages/cache/apt/archives"
 
-    @property
-    def out(self) -> Path:
-        """Results."""
-        return IMAGE / "out" / self.profile
-
 
 def main() -> int:
-    """Returns the exit status: 0 built, 1 something failed and one line says what."""
-    parser = argparse.ArgumentParser(prog="image/build.py", description=__doc__)
+    """Returns the exit status: 0 built, 1 something failed and one line says what, 69 that a locked
+    package cannot be had."""
+    parser = argparse.ArgumentParser(
+        prog="image/build.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("profile", choices=PROFILES)
     parser.add_argument("--output", choices=OUTPUTS, default="metal")
     parser.add_argument("--nvidia-driver", type=Path, help="the operator's driver file (gpu)")
     parser.add_argument("--work", type=Path, help="scratch; default: below the cache")
-    parser.add_argument(
+    parser.add_argument("--out", type=Path, help="results; default: image/out/PROFILE")
+    parser.add_argument("--config", type=Path, help="measured instead of the profile's own")
+    packages = parser.add_mutually_exclusive_group()
+    packages.add_argument(
+        "--packages", type=Path, help="a lock; default: image/packages/PROFILE.txt"
+    )
+    packages.add_argument(
         "--lock",
         action="store_true",
         help="take what the mirrors have now, and write the lock anew",
     )
+    packages.add_argument(
+        "--unlocked",
+        action="store_true",
+        help="take what the mirrors have now, for this build",
+    )
     parser.add_argument("--only", choices=("tools", "stage", "initrd"), help="stop after this step")
     arguments = parser.parse_args()
     try:
-        build = plan(arguments.profile, arguments.output, arguments.work)
+        build = plan(
+            arguments.profile,
+            arguments.output,
+            work=arguments.work,
+            out=arguments.out,
+            lock=arguments.packages,
+            config=arguments.config,
+        )
         make_tools(build)
         if arguments.only == "tools":
             return 0
@@ -119,17 +157,29 @@ def main() -> int:
         make_initrd(build)
         if arguments.only == "initrd":
             return 0
-        make_image(build, from_mirrors=arguments.lock)
+        make_image(build, from_mirrors=arguments.lock or arguments.unlocked)
+        if arguments.lock or arguments.unlocked:
+            write_lock(build, build.packages)
         if arguments.lock:
-            write_lock(build)
+            shutil.copy(build.packages, build.lock)
+        elif not arguments.unlocked:
+            shutil.copy(build.lock, build.packages)
         make_output(build)
     except BuildError as error:
         print(f"image: {error}", file=sys.stderr)
-        return 1
+        return EX_UNAVAILABLE if isinstance(error, PackagesGoneError) else 1
     return 0
 
 
-def plan(profile: str, output: str, work: Path | None) -> Build:
+def plan(
+    profile: str,
+    output: str,
+    *,
+    work: Path | None = None,
+    out: Path | None = None,
+    lock: Path | None = None,
+    config: Path | None = None,
+) -> Build:
     """What is built, from the checkout: version, commit and time."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     commit = _said("git", "-C", ROOT, "rev-parse", "HEAD")
@@ -139,7 +189,16 @@ def plan(profile: str, output: str, work: Path | None) -> Build:
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = (configured if configured.is_absolute() else Path.home() / ".cache") / "dcv" / "image"
     return Build(
-        profile, output, commit, project["version"], epoch, work or cache / "work" / profile, cache
+        profile=profile,
+        output=output,
+        commit=commit,
+        version=project["version"],
+        epoch=epoch,
+        work=work.resolve() if work else cache / "work" / profile,
+        cache=cache,
+        out=out.resolve() if out else IMAGE / "out" / profile,
+        lock=lock or IMAGE / f"packages/{profile}.txt",
+        config=config,
     )
 
 
@@ -244,10 +303,13 @@ def make_stage(build: Build, *, driver: Path | None) -> None:
     make_environment(build)
     install_units(build)
     install_files(build)
-    if build.profile == "test":
-        install_stand_in(build)
-    elif build.profile == "gpu":
-        check_driver(driver)
+    match build.profile:
+        case "test":
+            install_stand_in(build)
+        case "cpu":
+            install_engine(build)
+        case "gpu":
+            check_driver(driver)
     refuse_simulated(build.stage)
     for path in sorted(build.stage.rglob("*")):
         if not path.is_symlink():
@@ -257,10 +319,8 @@ def make_stage(build: Build, *, driver: Path | None) -> None:
 
 
 def make_environment(build: Build) -> None:
-    """`/opt/dcv/appliance`: the lock's wheels, then ours; compiled, because the root is read-only."""
+    """`/opt/dcv/appliance`: the lock's wheels, then ours."""
     home = build.stage / "opt/dcv/appliance"
-    packages = home / "lib/python3.11/site-packages"
-    packages.mkdir(parents=True)
     wheels = build.work / "wheels"
     _remove(wheels)
     # The checkout's own environment has the build backend that the development lock pins.
@@ -270,29 +330,10 @@ def make_environment(build: Build) -> None:
         env={"SOURCE_DATE_EPOCH": str(build.epoch)},
     )
     (wheel,) = wheels.glob("*.whl")
-    pip = (ROOT / ".venv/bin/python", "-m", "pip", "--disable-pip-version-check", "install")
-    flags = ("--quiet", "--no-deps", "--no-compile", "--target", packages)
-    _run(
-        *pip,
-        *flags,
-        "--require-hashes",
-        "--only-binary",
-        ":all:",
-        "-r",
-        IMAGE / "locks/appliance.txt",
-    )
-    _run(*pip, *flags, "--no-index", wheel)
-    for bundled in (packages / "bin", packages / "tests"):
-        _remove(bundled)
-    for record in packages.glob("*.dist-info"):
-        for name in ("direct_url.json", "RECORD", "REQUESTED", "INSTALLER"):
-            (record / name).unlink(missing_ok=True)  # where it came from is not part of it
+    packages = install_packages(home, "appliance")
+    _run(*PIP_INSTALL, "--target", packages, "--no-index", wheel)
     remove_simulated(packages)
-    (home / "pyvenv.cfg").write_text(
-        "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n", encoding="utf-8"
-    )
-    (home / "bin").mkdir()
-    (home / "bin/python").symlink_to(PYTHON)
+    finish_environment(build, home)
     script = home / "bin/dcv"
     script.write_text(
         "#!/opt/dcv/appliance/bin/python -IB\n"
@@ -300,9 +341,44 @@ def make_environment(build: Build) -> None:
         encoding="utf-8",
     )
     script.chmod(0o755)
+
+
+PIP_INSTALL: Final = (
+    *(ROOT / ".venv/bin/python", "-m", "pip", "--disable-pip-version-check", "install"),
+    *("--quiet", "--no-deps", "--no-compile"),
+)
+
+
+def install_packages(home: Path, *locks: str) -> Path:
+    """The wheels of image/locks, by hash, into an environment; returns where they are."""
+    packages = home / "lib/python3.11/site-packages"
+    packages.mkdir(parents=True)
+    lists = [word for lock in locks for word in ("-r", IMAGE / f"locks/{lock}.txt")]
+    _run(
+        *(*PIP_INSTALL, "--target", packages),
+        *("--require-hashes", "--only-binary", ":all:", *lists),
+    )
+    return packages
+
+
+def finish_environment(build: Build, home: Path) -> None:
+    """What makes a folder of packages an environment of the image's Python; compiled, because the
+    root is read-only."""
+    packages = home / "lib/python3.11/site-packages"
+    for bundled in (packages / "bin", packages / "tests"):
+        _remove(bundled)
+    for record in packages.glob("*.dist-info"):
+        for name in ("direct_url.json", "RECORD", "REQUESTED", "INSTALLER"):
+            (record / name).unlink(missing_ok=True)  # where it came from is not part of it
+    (home / "pyvenv.cfg").write_text(
+        "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n", encoding="utf-8"
+    )
+    (home / "bin").mkdir()
+    (home / "bin/python").symlink_to(PYTHON)
     compileall.compile_dir(
         packages,
-        quiet=1,
+        quiet=2,  # templates and tests for other Pythons are in some packages
+        workers=0,
         stripdir=str(build.stage),
         prependdir="/",
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
@@ -316,8 +392,14 @@ def remove_simulated(packages: Path) -> None:
 
 
 def refuse_simulated(stage: Path) -> None:
-    """Raises BuildError for a file of that name, wherever it came from."""
-    left = [path for path in stage.rglob("*") if "simulated" in path.name.lower()]
+    """Raises BuildError for a file of that name, wherever it came from. Not judged: the engine's
+    packages, which have the word for something else (speculative decoding)."""
+    foreign = stage / "opt/dcv/engine/lib"
+    left = [
+        path
+        for path in stage.rglob("*")
+        if "simulated" in path.name.lower() and not path.is_relative_to(foreign)
+    ]
     if left:
         raise BuildError(f"a simulated file would be in the image: {left[0].relative_to(stage)}")
 
@@ -374,6 +456,8 @@ def install_files(build: Build) -> None:
 
 def measured_config(build: Build) -> Path:
     """The configuration file that becomes part of the image."""
+    if build.config is not None:
+        return build.config
     match build.profile, build.output:
         case "test", _:
             return IMAGE / "mkosi/test.toml"
@@ -413,6 +497,26 @@ def install_stand_in(build: Build) -> None:
     model = build.stage / "usr/share/dcv/model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}", encoding="utf-8")
+    _copy(IMAGE / "mkosi/test-tpm-root.pem", build.stage / "usr/share/dcv/tpm-root.pem")
+
+
+def install_engine(build: Build) -> None:
+    """SGLang for a processor, the embedded model, and the root that vouches for the test's TPM."""
+    home = build.stage / "opt/dcv/engine"
+    install_packages(home, "torch-cpu", "engine-cpu")
+    finish_environment(build, home)
+    _copy(ROOT / "appliance/engine/cpu/path", build.stage / "opt/dcv/engine-cpu")
+    for cached in (build.stage / "opt/dcv/engine-cpu").rglob("__pycache__"):
+        _remove(cached)
+    # Beside the development scripts, which know where `just setup` puts it.
+    sys.path.append(str(IMAGE / "development"))
+    from paths import model_digests, model_directory  # noqa: PLC0415
+
+    model = build.stage / "usr/share/dcv/model"
+    for name, digest in model_digests().items():
+        _copy(model_directory() / name, model / name)
+        if _sha256(model / name) != digest:
+            raise BuildError(f"{name} of the model is not the lock's: run `just setup` again")
     _copy(IMAGE / "mkosi/test-tpm-root.pem", build.stage / "usr/share/dcv/tpm-root.pem")
 
 
@@ -493,12 +597,17 @@ def needed_libraries(tools: Path, programs: Sequence[str]) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One line of a lock."""
+    """One line of a lock.
+
+    Attributes:
+        pool_path: where a Debian mirror, or one of its security archive, has the file.
+    """
 
     name: str
     version: str
     architecture: str
     sha256: str
+    pool_path: str
 
     @property
     def file_name(self) -> str:
@@ -507,42 +616,116 @@ class Package:
 
 
 def locked_packages(build: Build) -> list[Path]:
-    """The files that the lock names, each held to its hash.
+    """The files that the lock names, each held to its hash; fetched, if the cache has them not.
 
     Raises:
-        BuildError: there is no lock, or a file is not in the cache, or it is another one.
+        PackagesGoneError: there are some that neither the cache nor a mirror has.
+        BuildError: there is no lock, or a file in the cache is another one.
     """
     if not build.lock.exists():
         raise BuildError(
-            f"image/packages/{build.lock.name} is missing: `--lock` makes it from the mirrors"
+            f"{build.lock.parent.name}/{build.lock.name} is missing: `--lock` makes it from the mirrors"
         )
-    files = []
-    for line in package_list(build.lock):
-        package = Package(*line.split())
-        path = build.archives / package.file_name
-        if not path.exists():
-            raise BuildError(
-                f"package {package.name} {package.version} is not in the cache ({path}): put the "
-                "file there, or take what the mirrors have now with `--lock`"
+    packages = [Package(*line.split()) for line in package_list(build.lock)]
+    missing = [one for one in packages if not (build.archives / one.file_name).exists()]
+    if missing:
+        print(f"image: fetching {len(missing)} locked packages", flush=True)
+        mirrors = dict.fromkeys(one.uri for one in debian_sources("trixie"))
+        gone = [one for one in missing if not fetch_package(build, one, tuple(mirrors))]
+        if gone:
+            raise PackagesGoneError(
+                "neither in the cache nor on the mirrors: "
+                + ", ".join(f"{one.name} {one.version}" for one in gone)
+                + f": put the files into {build.archives}, or take what the mirrors have now with"
+                " `--lock`"
             )
+    files = [build.archives / one.file_name for one in packages]
+    for package, path in zip(packages, files, strict=True):
         if (got := _sha256(path)) != package.sha256:
             raise BuildError(f"{path}: expected SHA-256 {package.sha256}, got {got}")
-        files.append(path)
     return files
 
 
-def write_lock(build: Build) -> None:
+def fetch_package(build: Build, package: Package, mirrors: Sequence[str]) -> bool:
+    """Into the cache, by apt's own means of getting through to a mirror; False if none has it.
+
+    No index is asked: the hash says which file is meant, and mirrors keep a file for a while after
+    their index has gone on to the next version.
+    """
+    build.archives.mkdir(parents=True, exist_ok=True)
+    target = build.archives / package.file_name
+    partial = target.with_suffix(".partial")
+    for mirror in mirrors:
+        uri = f"{mirror}/{quote(package.pool_path)}"
+        done = subprocess.run(
+            [
+                *(APT_HELPER, "-qq", "-o", "APT::Sandbox::User=root", "download-file"),
+                *(uri, partial, f"SHA256:{package.sha256}"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # a mirror that has it not is an answer
+            check=False,
+        )
+        if done.returncode == 0:
+            partial.rename(target)
+            return True
+        _remove(partial)
+    return False
+
+
+APT_HELPER: Final = "/usr/lib/apt/apt-helper"
+
+
+def write_lock(build: Build, file: Path) -> None:
     """What is in the image that was just built, from its manifest."""
     manifest = json.loads(_read(build.out / f"dcv-{build.profile}.manifest"))
+    places = pool_paths(build)
     lines = [
         f"# Debian packages of the {build.profile} profile, made by `image/build.py --lock`: name,",
-        "# version, architecture, SHA-256. A build takes these files and no others.",
+        "# version, architecture, SHA-256, path on a mirror. A build takes these files and no others.",
     ]
     for item in sorted(manifest["packages"], key=lambda item: str(item["name"])):
-        package = Package(item["name"], item["version"], item["architecture"], "")
+        package = Package(item["name"], item["version"], item["architecture"], "", "")
         digest = _sha256(build.archives / package.file_name)
-        lines.append(f"{package.name} {package.version} {package.architecture} {digest}")
-    build.lock.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if digest not in places:
+            raise BuildError(
+                f"the mirrors' indexes went on while this was built, {package.name} is not in them"
+                " any more: once again"
+            )
+        lines.append(
+            f"{package.name} {package.version} {package.architecture} {digest} {places[digest]}"
+        )
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def pool_paths(build: Build) -> dict[str, str]:
+    """SHA-256 to path, of every package in the mirrors' indexes; from lists of apt's of our own."""
+    state = build.work / "apt"
+    _remove(state)
+    for name in ("lists/partial", "archives/partial", "parts"):
+        (state / name).mkdir(parents=True)
+    (state / "status").touch()
+    sources = debian_sources("trixie") + debian_sources("bookworm")
+    (state / "sources.list").write_text("".join(one.line for one in sources), encoding="utf-8")
+    settings = {
+        "Dir::State": state,
+        "Dir::State::status": state / "status",
+        "Dir::Cache": state,
+        "Dir::Etc::SourceList": state / "sources.list",
+        "Dir::Etc::SourceParts": state / "parts",
+        "Acquire::Languages": "none",
+        "APT::Sandbox::User": "root",
+    }
+    options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+    _run("apt-get", "-qq", *options, "update")
+    found: dict[str, str] = {}
+    listed = ("indextargets", "--format", "$(FILENAME)", "Created-By: Packages")
+    for index in _said("apt-get", *options, *listed).splitlines():
+        for stanza in _said(APT_HELPER, *options, "cat-file", index).split("\n\n"):
+            fields = dict(re.findall(r"^(Filename|SHA256): (\S+)$", stanza, re.MULTILINE))
+            if len(fields) == 2:
+                found.setdefault(fields["SHA256"], fields["Filename"])
+    return found
 
 
 def make_image(build: Build, *, from_mirrors: bool) -> None:
@@ -570,7 +753,7 @@ def make_image(build: Build, *, from_mirrors: bool) -> None:
     )
     for path in (build.out, build.cache / "packages", build.work / "mkosi"):
         path.mkdir(parents=True, exist_ok=True)
-    for old in build.out.iterdir():
+    for old in (*build.out.glob(f"dcv-{build.profile}*"), build.out / "reference-values.json"):
         _remove(old)
     _run(
         *(sys.executable, "-m", "mkosi", "--force", "--directory", IMAGE / "mkosi"),

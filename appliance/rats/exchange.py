@@ -27,7 +27,11 @@ from appliance.wire.canonical import (
     canonical_json,
     parse_json_object,
 )
-from appliance.wire.commitments import completion_commitment_of, request_commitment
+from appliance.wire.commitments import (
+    NO_GPU_EVIDENCE,
+    completion_commitment_of,
+    request_commitment,
+)
 from appliance.wire.encoding import format_sha256
 from appliance.wire.epoch import EpochEvidence
 from appliance.wire.evidence import GpuEvidence
@@ -108,6 +112,8 @@ def appraise_exchange(exchange: Exchange, *, report: Report, context: Context) -
     for event in cited:
         _check_inclusion(event, log, report)
         epoch = epochs.get(event.evidence_digest)
+        if event.evidence_digest == NO_GPU_EVIDENCE:
+            epoch = _epoch_without_gpus(event)
         if epoch is None:
             continue
         gpus = _appraise_epoch(event, epoch, report, context)
@@ -392,6 +398,20 @@ def _by_digest(
     return found
 
 
+def _epoch_without_gpus(event: GpuAttested) -> EpochEvidence:
+    """All there is to say of one, the receipt says. Whether no GPUs are enough is policy's to say,
+    as it is with the report's."""
+    inclusion = event.inclusion
+    return EpochEvidence(
+        evidence_digest=event.evidence_digest,
+        keyset_digest=inclusion.keyset_digest,
+        tree_size=inclusion.tree_size,
+        root=inclusion.root,
+        collected_at=event.collected_at,
+        gpus=(),
+    )
+
+
 def _appraise_epoch(
     event: GpuAttested, epoch: EpochEvidence, report: Report, context: Context
 ) -> tuple[GpuStatement, ...]:
@@ -433,7 +453,7 @@ def _missing(exchange: Exchange, log: EventLog, cited: list[GpuAttested]) -> Ite
         yield _not_compared("request", format_sha256(log.received.body_hash), CONTENT_ADVICE)
     if exchange.response is None:
         yield _not_compared("response", format_sha256(log.returned.body_hash), CONTENT_ADVICE)
-    known = {one.evidence_digest for one in exchange.epochs}
+    known = {NO_GPU_EVIDENCE, *(one.evidence_digest for one in exchange.epochs)}
     for event in cited:
         if event.evidence_digest not in known:
             digest = format_sha256(event.evidence_digest)

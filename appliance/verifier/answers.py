@@ -19,6 +19,7 @@ from appliance.verifier.fetching import Fetching, Get, fetch
 from appliance.wire import epoch as epoch_format
 from appliance.wire import report as report_format
 from appliance.wire.canonical import parse_json_object
+from appliance.wire.commitments import NO_GPU_EVIDENCE
 from appliance.wire.encoding import format_sha256
 from appliance.wire.epoch import parse_epoch
 from appliance.wire.receipt import MAX_NESTING, MAX_RECEIPT_BYTES, parse_receipt, read_events
@@ -59,7 +60,7 @@ def exchange_of(answered: Answered, request: bytes | None) -> Fetching[Exchange]
     log = read_events(receipt)
     cited = {one.evidence_digest for one in (log.admission, log.completion) if one is not None}
     epochs = []
-    for digest in sorted(cited):
+    for digest in sorted(cited - {NO_GPU_EVIDENCE}):
         path = f"/v1/dcv/epochs/{format_sha256(digest)}"
         epochs.append(parse_epoch((yield from _document(path, epoch_format.MAX_BYTES))))
     return Exchange(receipt, tuple(epochs), request, answered.content, answered.client_nonce)

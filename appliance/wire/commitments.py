@@ -97,6 +97,10 @@ def gpu_evidence_digest(gpus: Iterable[GpuEvidence]) -> bytes:
     return labelled_hash("dcv/1 gpu evidence", *parts)
 
 
+NO_GPU_EVIDENCE = gpu_evidence_digest(())
+"""Of every epoch without GPUs, so it names none of them: there is nothing to be fetched by it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Inclusion:
     """`inclusion`: where a commitment stands in an epoch.

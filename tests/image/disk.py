@@ -1,29 +1,80 @@
-"""Where the partitions of a disk image lie: enough of GPT (UEFI 2.10, 5.3) to change one byte of one."""
+"""Partitions of a disk image: enough of GPT (UEFI 2.10, 5.3) to change one bit of one, or its name."""
 
 from __future__ import annotations
 
 import struct
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 SECTOR = 512
+NAME = slice(56, 128)
+"""Of an entry: UTF-16, padded with zeros."""
+
+
+@dataclass
+class Table:
+    """The header at one sector, and the entries that it points to."""
+
+    sector: int
+    header: bytearray
+    entries: bytearray
+
+    @property
+    def entry_size(self) -> int:
+        (size,) = struct.unpack_from("<I", self.header, 84)
+        assert isinstance(size, int)
+        return size
+
+
+def read_table(file: BinaryIO, sector: int = 1) -> Table:
+    """The table whose header lies there."""
+    file.seek(sector * SECTOR)
+    header = bytearray(file.read(SECTOR))
+    assert header[:8] == b"EFI PART"
+    entries_at, count, size = struct.unpack_from("<QII", header, 72)
+    file.seek(entries_at * SECTOR)
+    return Table(sector, header, bytearray(file.read(count * size)))
+
+
+def write_table(file: BinaryIO, table: Table) -> None:
+    """Back to where it was, with the checksums that it has now."""
+    struct.pack_into("<I", table.header, 88, zlib.crc32(table.entries))
+    (size,) = struct.unpack_from("<I", table.header, 12)
+    struct.pack_into("<I", table.header, 16, 0)
+    struct.pack_into("<I", table.header, 16, zlib.crc32(table.header[:size]))
+    (entries_at,) = struct.unpack_from("<Q", table.header, 72)
+    for at, data in ((table.sector, table.header), (entries_at, table.entries)):
+        file.seek(at * SECTOR)
+        file.write(data)
 
 
 def partitions(disk: Path) -> dict[str, tuple[int, int]]:
     """Name to offset and size, in bytes."""
     found = {}
     with disk.open("rb") as file:
-        file.seek(SECTOR)
-        header = file.read(SECTOR)
-        assert header[:8] == b"EFI PART"
-        entries_at, count, size = struct.unpack_from("<QII", header, 72)
-        file.seek(entries_at * SECTOR)
-        for _ in range(count):
-            entry = file.read(size)
-            first, last = struct.unpack_from("<QQ", entry, 32)
-            if first:
-                name = entry[56:128].decode("utf-16-le").rstrip("\0")
-                found[name] = (first * SECTOR, (last + 1 - first) * SECTOR)
+        table = read_table(file)
+    for at in range(0, len(table.entries), table.entry_size):
+        entry = table.entries[at : at + table.entry_size]
+        first, last = struct.unpack_from("<QQ", entry, 32)
+        if first:
+            name = entry[NAME].decode("utf-16-le").rstrip("\0")
+            found[name] = (first * SECTOR, (last + 1 - first) * SECTOR)
     return found
+
+
+def rename_partition(disk: Path, old: str, new: str) -> None:
+    """In place, in both tables: the first one, and the second at the end of the disk."""
+    with disk.open("r+b") as file:
+        (second,) = struct.unpack_from("<Q", read_table(file).header, 32)
+        for sector in (1, second):
+            table = read_table(file, sector)
+            names = range(NAME.start, len(table.entries), table.entry_size)
+            held = [table.entries[at : at + 72].decode("utf-16-le").rstrip("\0") for at in names]
+            at = names[held.index(old)]
+            table.entries[at : at + 72] = new.encode("utf-16-le").ljust(72, b"\0")
+            write_table(file, table)
 
 
 def flip_one_bit(disk: Path, offset: int) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,10 @@ ROOT = Path(__file__).parent.parent.parent
 OUT = ROOT / "image/out/test"
 DISK = OUT / "dcv-test.raw"
 REFERENCE = OUT / "reference-values.json"
+PACKAGES = OUT / "packages.txt"
 POLICY = ROOT / "image/policies/test.toml"
 
-BOOT_S = 600.0
+BOOT_S = 1200.0
 """Without KVM and beside other work; alone it takes one."""
 
 POLL_S = 0.5
@@ -42,6 +46,45 @@ class Machine:
     process: subprocess.Popen[bytes]
     log: Path
     port: int
+    host: socket.socket = field(default_factory=lambda: socket.socket(socket.AF_UNIX))
+    """The other end of the port that dcv-test-words.service reads."""
+
+    @property
+    def url(self) -> str:
+        """Of the appliance in it, as the host reaches it."""
+        return f"https://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> bytes:
+        """What it answers, from whoever has a key: for documents that are verified by themselves.
+
+        Raises:
+            OSError: nobody listens yet, or not 2xx.
+        """
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        with urllib.request.urlopen(self.url + path, timeout=60, context=context) as response:
+            body: bytes = response.read()
+        return body
+
+    def wait_until_it_serves(self, seconds: float = BOOT_S) -> None:
+        """Until /health says so; fails when the machine ends before."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self.get("/health")
+            except (OSError, http.client.HTTPException):  # the port is open before anybody listens
+                assert self.process.poll() is None, self.console[-3000:]
+                assert time.monotonic() < deadline, self.console[-3000:]
+                time.sleep(POLL_S)
+            else:
+                return
+
+    def say(self, word: str) -> None:
+        """A word to dcv-test-words.service."""
+        with contextlib.suppress(OSError):  # it is connected once
+            self.host.connect(str(self.log.with_name("words")))
+        self.host.sendall(word.encode() + b"\n")
 
     @property
     def console(self) -> str:
@@ -79,12 +122,13 @@ def booted(disk: Path, folder: Path, *options: str) -> Iterator[Machine]:
         port = probe.getsockname()[1]
     log = folder / "serial.log"
     command = [sys.executable, str(ROOT / "image/boot.py"), str(disk), "--log", str(log)]
+    command += ["--port", str(port), "--words", str(folder / "words"), *options]
     with (folder / "boot.log").open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), *options], stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        machine = Machine(process, log, port)
         try:
-            yield Machine(process, log, port)
+            yield machine
         finally:
+            machine.host.close()
             process.terminate()
             process.wait(30)

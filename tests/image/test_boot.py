@@ -15,8 +15,17 @@ from typing import Any
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 
-from tests.image.disk import flip_one_bit, partitions
-from tests.image.machine import DISK, POLICY, REFERENCE, Machine, booted, needs_image
+from tests.image.disk import flip_one_bit, partitions, rename_partition
+from tests.image.machine import (
+    DISK,
+    PACKAGES,
+    POLICY,
+    REFERENCE,
+    ROOT,
+    Machine,
+    booted,
+    needs_image,
+)
 
 pytestmark = needs_image
 
@@ -27,7 +36,7 @@ REFUSED_STARTS = 3
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     with booted(DISK, tmp_path_factory.mktemp("machine")) as one:
-        one.wait_for('"event": "serving"')
+        one.wait_until_it_serves()
         yield one
 
 
@@ -43,21 +52,34 @@ def predicted() -> dict[str, list[str]]:
     return pcrs
 
 
-def verify(machine: Machine) -> tuple[int, dict[str, Any]]:
-    """`dcv verify` as a relying party runs it: exit status and document."""
-    url = f"https://127.0.0.1:{machine.port}"
-    arguments = ["verify", url, "--policy", str(POLICY), "--reference", str(REFERENCE), "--json"]
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("dcv")), *arguments],
+def dcv(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command as a relying party runs it."""
+    return subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("dcv")), *arguments),
+            *("--policy", str(POLICY), "--reference", str(REFERENCE)),
+        ],
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
+
+
+def verify(machine: Machine) -> tuple[int, dict[str, Any]]:
+    """`dcv verify`, under the reference values of the image that was built: exit status and
+    document."""
+    done = dcv("verify", machine.url, "--json")
     return done.returncode, json.loads(done.stdout)
 
 
-def named(document: object, name: str) -> Iterator[str]:
+def contraindicated(document: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The findings of that tier, by check."""
+    found = [one for part in named(document, "findings") for one in part]
+    return {one["check"]: one for one in found if one["tier"] == "contraindicated"}
+
+
+def named(document: object, name: str) -> Iterator[Any]:
     """Every value of this name, anywhere in a JSON document."""
     if isinstance(document, dict):
         for key, value in document.items():
@@ -84,16 +106,20 @@ def test_a_relying_party_finds_nothing_against_it(machine: Machine) -> None:
     assert set(named(document, "check")) == {"tpm2.memory", "report.gpus"}
 
 
-def test_an_openai_client_gets_a_streamed_answer(machine: Machine) -> None:
+def openai_client(machine: Machine) -> OpenAI:
+    """As an application has it, trusting the certificate that is there now."""
     certificate = ssl.get_server_certificate(("127.0.0.1", machine.port))
     trust = ssl.create_default_context(cadata=certificate)
-    client = OpenAI(
-        base_url=f"https://127.0.0.1:{machine.port}/v1",
+    return OpenAI(
+        base_url=f"{machine.url}/v1",
         api_key="unused",
         timeout=120,
         http_client=DefaultHttpxClient(verify=trust),
     )
-    with client:
+
+
+def test_an_openai_client_gets_a_streamed_answer(machine: Machine) -> None:
+    with openai_client(machine) as client:
         stream = client.chat.completions.create(
             model="stand-in", messages=[{"role": "user", "content": "Hello"}], stream=True
         )
@@ -112,15 +138,19 @@ def test_nothing_has_failed(facts: dict[str, str]) -> None:
     assert facts["failed"] == ""
 
 
-def test_only_the_public_port_listens_beyond_loopback(facts: dict[str, str]) -> None:
+def public_sockets(facts: dict[str, str]) -> set[tuple[str, str]]:
+    """Protocol and port of each that is not on loopback."""
     sockets = [line.split() for line in facts["listening"].splitlines()]
-    public = {
+    return {
         (line[0], line[4].rpartition(":")[2])
         for line in sockets
         if not line[4].startswith(("127.", "[::1]"))
     }
+
+
+def test_only_the_public_port_listens_beyond_loopback(facts: dict[str, str]) -> None:
     # The DHCP client's own socket is bound to the interface; the firewall lets only a server in.
-    assert public == {("tcp", "8443"), ("udp", "68")}
+    assert public_sockets(facts) == {("tcp", "8443"), ("udp", "68")}
 
 
 def test_the_root_is_read_only_and_var_is_memory(facts: dict[str, str]) -> None:
@@ -148,6 +178,41 @@ def test_the_machine_knows_the_digest_of_its_image(facts: dict[str, str]) -> Non
     assert facts["image-digest"] == image["image_digest"]
 
 
+def test_a_killed_gateway_comes_back_with_new_keys_and_its_old_receipts(
+    machine: Machine, facts: dict[str, str], tmp_path: Path
+) -> None:
+    with openai_client(machine) as client:
+        answer = client.chat.completions.with_raw_response.create(
+            model="stand-in", messages=[{"role": "user", "content": "Hello"}]
+        )
+    receipt_id = answer.headers["X-Receipt-Id"]
+    receipt = machine.get(f"/v1/aci/receipts/{receipt_id}")
+    (old,) = set(named(verify(machine)[1], "workload_keyset_digest"))
+
+    starts = machine.console.count('"event": "serving"')
+    machine.say("kill-gateway")
+    machine.wait_for('"event": "serving"', times=starts + 1)
+    machine.wait_until_it_serves()
+
+    status, document = verify(machine)
+    assert status == 3, document
+    assert set(named(document, "workload_keyset_digest")) != {old}
+    # What it gave before is found, and holds under the keys of then.
+    assert machine.get(f"/v1/aci/receipts/{receipt_id}") == receipt
+    files = {"receipt": receipt, "report": machine.get(f"/v1/dcv/reports/{old}")}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    report = ("--report", str(tmp_path / "report"))
+    checked = dcv("receipt", "verify", str(tmp_path / "receipt"), *report, "--json")
+    assert json.loads(checked.stdout)["verdict"] == "warning", checked.stdout
+    # It was no refused boot: nothing has failed, and what the machine says of itself is as before.
+    machine.facts(block=2)  # the unit's failure prints one, while the gateway is down
+    machine.say("facts")
+    again = machine.facts(block=3)
+    assert again["failed"] == ""
+    assert public_sockets(again) == public_sockets(facts)
+
+
 def test_one_changed_bit_of_the_root_does_not_boot(tmp_path: Path) -> None:
     disk = tmp_path / "changed.raw"
     shutil.copy(DISK, disk)
@@ -157,6 +222,54 @@ def test_one_changed_bit_of_the_root_does_not_boot(tmp_path: Path) -> None:
         console = machine.wait_for_end()
     assert "Kernel panic - not syncing: dm-verity device corrupted" in console
     assert "systemd[1]" not in console
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same packages and commit, and one file of the root changed: a whole build of its own."""
+    folder = tmp_path_factory.mktemp("rebuilt")
+    config = (ROOT / "image/mkosi/test.toml").read_text()
+    changed = config.replace("max_bytes = 67_108_864", "max_bytes = 67_108_865")
+    assert changed != config
+    (folder / "dcv.toml").write_text(changed)
+    options = {"config": "dcv.toml", "out": "out", "work": "work"}
+    subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "image/build.py"), "test", "--packages", str(PACKAGES)),
+            *(f"--{name}={folder / value}" for name, value in options.items()),
+        ],
+        check=True,
+        timeout=1800,
+    )
+    return folder / "out/dcv-test.raw"
+
+
+def test_another_image_in_the_name_of_a_known_one_is_found_out(
+    rebuilt: Path, predicted: dict[str, list[str]], tmp_path: Path
+) -> None:
+    # The name is what the machine finds on a partition, and the disks are the host's: it gives this
+    # image a second disk, with the UKI that is known, where the machine will look.
+    rename_partition(rebuilt, "esp", "other")
+    with booted(rebuilt, tmp_path, "--second-disk", str(DISK)) as machine:
+        machine.wait_until_it_serves()
+        status, document = verify(machine)
+    (image,) = json.loads(REFERENCE.read_text())["images"]
+    assert image["image_digest"] in named(document, "image_digest")
+    assert status == 1
+    found = contraindicated(document)
+    assert set(found) == {"tpm2.pcr4", "tpm2.pcr11", "report.image.roothash"}
+    assert [found["tpm2.pcr11"]["expected"]] == predicted["11"]
+
+
+def test_an_argument_added_to_the_command_line_is_named(tmp_path: Path) -> None:
+    extra = "type=11,value=io.systemd.stub.kernel-cmdline-extra=dcv.extra=1"
+    with booted(DISK, tmp_path, "--smbios", extra) as machine:
+        machine.wait_until_it_serves()
+        status, document = verify(machine)
+        cmdline = machine.facts()["cmdline"]
+    assert cmdline.endswith(" dcv.extra=1")
+    assert status == 1
+    assert set(contraindicated(document)) == {"tpm2.pcr12"}
 
 
 def test_three_refused_boots_end_in_a_failed_unit_that_says_why(tmp_path: Path) -> None:

@@ -120,6 +120,14 @@ def test_the_test_profiles_configuration_is_one() -> None:
     assert (ROOT / "tests/fakes" / stand_in).is_file()
 
 
+def test_the_cpu_profiles_configuration_names_the_embedded_model() -> None:
+    config = parse_config((IMAGE / "config/cpu.toml").read_text(), folder=Path("/usr/share/dcv"))
+    lock = tomllib.loads((IMAGE / "locks/model-smollm2.toml").read_text())
+    assert config.model.files == lock["files"]
+    assert config.engine.version in (IMAGE / "locks/engine-cpu.txt").read_text()
+    assert config.attestation.tpm_roots_file == "/usr/share/dcv/tpm-root.pem"
+
+
 def test_the_test_policy_accepts_the_test_machine_and_trusts_its_root() -> None:
     rules = load_rules(IMAGE / "policies/test.toml", None)
     assert rules.policy.tee_types == ("tpm2",)
@@ -204,7 +212,8 @@ def test_the_initrd_names_every_program_that_it_calls() -> None:
 
 
 def test_os_release_says_version_and_commit(tmp_path: Path) -> None:
-    one = build.Build("test", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path)
+    lock = tmp_path / "lock"
+    one = build.Build("test", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path, tmp_path, lock)
     build.install_files(one)
     text = (one.stage / "usr/lib/os-release").read_text()
     release = tomllib.loads(text)
@@ -212,35 +221,68 @@ def test_os_release_says_version_and_commit(tmp_path: Path) -> None:
     assert (release["ID"], release["VARIANT_ID"]) == ("dcv", "test")
 
 
-def a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> build.Build:
-    (tmp_path / "packages").mkdir()
-    monkeypatch.setattr(build, "IMAGE", tmp_path)
-    one = build.Build("test", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path)
+PACKAGE = b"package"
+LINE = "libkmod2 1:34.2-2 amd64 {digest} pool/main/k/kmod/libkmod2_34.2-2+b1_amd64.deb\n"
+
+needs_apt = pytest.mark.skipif(
+    shutil.which("apt-get") is None or not Path(build.APT_HELPER).exists(),
+    reason="fetching is apt's, which is not installed",
+)
+
+
+def a_build(tmp_path: Path) -> build.Build:
+    """One whose lock names one package."""
+    lock = tmp_path / "lock.txt"
+    lock.write_text("# comment\n" + LINE.format(digest=hashlib.sha256(PACKAGE).hexdigest()))
+    one = build.Build("test", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path, tmp_path, lock)
     one.archives.mkdir(parents=True)
     return one
 
 
-def test_a_build_without_a_lock_says_how_to_make_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(build.BuildError, match=r"packages/test\.txt is missing: `--lock`"):
-        build.locked_packages(a_build(tmp_path, monkeypatch))
+def a_mirror(folder: Path, contents: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with one file, as both mirrors of the machine."""
+    file = folder / "pool/main/k/kmod/libkmod2_34.2-2+b1_amd64.deb"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(contents)
+    monkeypatch.setenv("DCV_DEBIAN_MIRROR", f"file://{folder}")
+    monkeypatch.setenv("DCV_DEBIAN_SECURITY_MIRROR", f"file://{folder}/nothing")
 
 
-def test_a_locked_package_that_is_not_cached_or_another_file_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = a_build(tmp_path, monkeypatch)
-    digest = hashlib.sha256(b"package").hexdigest()
-    one.lock.write_text(f"# comment\nlibkmod2 1:34.2-2 amd64 {digest}\n")
-    with pytest.raises(build.BuildError, match=r"package libkmod2 1:34\.2-2 is not in the cache"):
+def test_a_build_without_a_lock_says_how_to_make_one(tmp_path: Path) -> None:
+    one = a_build(tmp_path)
+    one.lock.unlink()
+    with pytest.raises(build.BuildError, match=r"lock\.txt is missing: `--lock`"):
         build.locked_packages(one)
+
+
+def test_a_locked_package_in_the_cache_is_held_to_its_hash(tmp_path: Path) -> None:
+    one = a_build(tmp_path)
     file = one.archives / "libkmod2_1%3a34.2-2_amd64.deb"
     file.write_bytes(b"another")
-    with pytest.raises(build.BuildError, match=f"expected SHA-256 {digest}"):
+    with pytest.raises(build.BuildError, match="expected SHA-256"):
         build.locked_packages(one)
-    file.write_bytes(b"package")
+    file.write_bytes(PACKAGE)
     assert build.locked_packages(one) == [file]
+
+
+@needs_apt
+def test_a_locked_package_that_is_not_cached_is_fetched_from_the_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_mirror(tmp_path / "mirror", PACKAGE, monkeypatch)
+    (file,) = build.locked_packages(a_build(tmp_path))
+    assert file.read_bytes() == PACKAGE
+
+
+@needs_apt
+def test_a_locked_package_that_the_mirror_has_otherwise_is_gone_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_mirror(tmp_path / "mirror", b"another", monkeypatch)
+    one = a_build(tmp_path)
+    with pytest.raises(build.PackagesGoneError, match=r"mirrors: libkmod2 1:34\.2-2: "):
+        build.locked_packages(one)
+    assert not list(one.archives.iterdir())
 
 
 def test_every_line_of_a_lock_is_a_package_with_its_hash() -> None:
@@ -250,6 +292,9 @@ def test_every_line_of_a_lock_is_a_package_with_its_hash() -> None:
         packages = [build.Package(*line.split()) for line in build.package_list(lock)]
         assert [one.name for one in packages] == sorted({one.name for one in packages})
         assert all(re.fullmatch("[0-9a-f]{64}", one.sha256) for one in packages)
+        for one in packages:
+            assert one.pool_path.startswith("pool/"), one.name
+            assert one.pool_path.endswith(f"_{one.architecture}.deb"), one.name
         assert {"linux-image-cloud-amd64", "python3.11", "systemd"} <= {
             one.name for one in packages
         }

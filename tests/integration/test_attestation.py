@@ -149,6 +149,32 @@ async def test_without_gpus_epochs_carry_none_and_only_a_named_policy_accepts_it
     assert outcome["verdict"] == "contraindicated"
 
 
+async def test_without_gpus_every_answer_verifies_although_all_epochs_have_one_digest(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    sections: Sections = {
+        "attestation": {"gpu": "unsafe_none"},
+        "policy": {"gpus": "unsafe_none"},
+    }
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
+    none = tmp_path / "policy.toml"
+    for written, status in (
+        ('[policy]\ntee_types = ["unsafe_simulated"]\ngpus = "unsafe_none"\n', 3),
+        (POLICY, 1),
+    ):
+        none.write_text(written)
+        for _ in range(2):
+            arguments = ["chat", appliance.url, "Hello?", "--policy", str(none)]
+            done = await trio.run_process(
+                [sys.executable, "-m", "appliance", *arguments],
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+            assert done.returncode == status, done.stderr
+    assert len(await appliance.engine_seen()) == 2, "only who accepts that asked anything"
+
+
 async def test_two_gpus_give_two_reports_over_one_nonce(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:
