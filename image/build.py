@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import csv
 import hashlib
 import json
 import os
@@ -367,9 +368,10 @@ def finish_environment(build: Build, home: Path) -> None:
     packages = home / "lib/python3.11/site-packages"
     for bundled in (packages / "bin", packages / "tests"):
         _remove(bundled)
-    for record in packages.glob("*.dist-info"):
-        for name in ("direct_url.json", "RECORD", "REQUESTED", "INSTALLER"):
-            (record / name).unlink(missing_ok=True)  # where it came from is not part of it
+    for metadata in packages.glob("*.dist-info"):
+        for name in ("direct_url.json", "REQUESTED", "INSTALLER"):
+            (metadata / name).unlink(missing_ok=True)  # where it came from is not part of it
+        _keep_true(metadata / "RECORD")
     (home / "pyvenv.cfg").write_text(
         "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11\n", encoding="utf-8"
     )
@@ -383,6 +385,15 @@ def finish_environment(build: Build, home: Path) -> None:
         prependdir="/",
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
+
+
+def _keep_true(record: Path) -> None:
+    """Only those lines of a wheel's list whose file is there: xgrammar finds its library by them, and
+    the scripts that pip made name the building machine."""
+    packages = record.parent.parent
+    lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+    there = (line for line in lines if (packages / next(csv.reader([line]))[0]).exists())
+    record.write_text("".join(there), encoding="utf-8")
 
 
 def remove_simulated(packages: Path) -> None:

@@ -105,6 +105,23 @@ def test_no_simulated_file_stays_and_the_rest_works_without_it(tmp_path: Path) -
     assert done.stdout.startswith(str(tmp_path))
 
 
+def test_an_environment_keeps_its_wheels_lists_without_what_was_taken_out(tmp_path: Path) -> None:
+    """xgrammar finds its library by the list; without one the engine of a booted image ended."""
+    lock = tmp_path / "lock"
+    one = build.Build("cpu", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path, tmp_path, lock)
+    packages = one.stage / "opt/x/lib/python3.11/site-packages"
+    for name in ("bin/tool", "xgrammar/lib.so", "x-1.dist-info/INSTALLER", "x-1.dist-info/RECORD"):
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).touch()
+    kept = "xgrammar/lib.so,sha256=abc,1\nx-1.dist-info/RECORD,,\n"
+    (packages / "x-1.dist-info/RECORD").write_text(
+        f"bin/tool,sha256=def,2\nx-1.dist-info/INSTALLER,sha256=ghi,3\n{kept}"
+    )
+    build.finish_environment(one, one.stage / "opt/x")
+    assert (packages / "x-1.dist-info/RECORD").read_text() == kept
+    assert not (packages / "x-1.dist-info/INSTALLER").exists()
+
+
 def test_a_simulated_file_from_elsewhere_stops_the_build(tmp_path: Path) -> None:
     (tmp_path / "opt").mkdir()
     (tmp_path / "opt/Simulated_tpm.pem").touch()
