@@ -60,7 +60,7 @@ from appliance.serving.own_evidence import OwnEvidence
 from appliance.serving.reattestation import Reattestation
 from appliance.serving.reports import Reports
 from appliance.serving.self_test import self_test, warm_up
-from appliance.serving.tokenizing import ModelTokenizer, load_tokenizer
+from appliance.serving.tokenizing import ModelTokenizer, load_tokenizer, vocabulary_size
 from appliance.wire.encoding import format_sha256
 from appliance.wire.evidence import GpuEvidence
 
@@ -94,6 +94,7 @@ class Booted:
     reattestation: Reattestation
     engine: RunningEngine
     tokenizer: ModelTokenizer | None
+    vocabulary_size: int | None
 
 
 class Owner(Protocol):
@@ -236,6 +237,7 @@ async def boot(
         reattestation=reattestation,
         engine=engine,
         tokenizer=tokenizer,
+        vocabulary_size=await trio.to_thread.run_sync(vocabulary_size, Path(config.model.path)),
     )
 
 
@@ -445,10 +447,10 @@ async def _self_test(
 ) -> None:
     address, limits, model = engine.address, config.limits, config.model.id
     if not identity.claims_determinism:
-        await warm_up(address, limits, model=model)
+        await warm_up(address, limits, model=model, task=config.model.task)
         log.warning("no_determinism_required")
         return
-    digest = await self_test(address, limits, model=model)
+    digest = await self_test(address, limits, model=model, task=config.model.task)
     log.info("deterministic", output=format_sha256(digest))
 
 

@@ -323,6 +323,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
         files: sha256 of every file below `path`, checked at every start. A file that is not
             listed, or listed and missing, is refused.
         max_model_len: tokens a request may span, told to clients; null when unknown.
+        task: `generate` texts, or `embed` them; the engine does one of the two.
     """
 
     id: Name
@@ -330,6 +331,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, Sha256Hex]
     revision: str | None = None
     max_model_len: Count | None = None
+    task: Literal["generate", "embed"] = "generate"
 
 
 TeeType: TypeAlias = Literal["sev_snp", "tdx", "azure_vtpm", "tpm2", "unsafe_simulated"]

@@ -254,6 +254,7 @@ class _Appliance:
             engine=booted.engine.address,
             aborts=aborts,
             tokenizer=booted.tokenizer,
+            vocabulary_size=booted.vocabulary_size,
             metrics=self.metrics,
             authenticator=Authenticator(self.config.auth),
             cache_secret=self.random(CACHE_SECRET_BYTES),

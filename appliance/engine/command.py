@@ -35,6 +35,7 @@ _OUR_ALIASES = frozenset(
         "enable-deterministic-inference",
         "enable-metrics",
         "host",
+        "is-embedding",
         "max-running-requests",
         "max-total-tokens",
         "mem-fraction-static",
@@ -162,6 +163,10 @@ def engine_settings(engine: Engine, model: Model) -> dict[str, JsonValue]:
             settings["chunked-prefill-size"] = -1
             # For a whole prompt SGLang would set aside more memory than a small machine has.
             settings["mem-fraction-static"] = 0.5
+    if model.task == "embed":
+        settings["is-embedding"] = True
+        # SGLang salts no embedding's prefix, so tenants would share what is cached of theirs.
+        settings["disable-radix-cache"] = True
     optional: dict[str, JsonValue] = {
         "context-length": engine.context_length,
         "mem-fraction-static": engine.memory_fraction,

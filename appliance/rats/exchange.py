@@ -37,11 +37,17 @@ from appliance.wire.epoch import EpochEvidence
 from appliance.wire.evidence import GpuEvidence
 from appliance.wire.identity import PublicKey, split_subject
 from appliance.wire.openai import Endpoint, InferenceRequest, endpoint_of
-from appliance.wire.output import Output, output_of_answer, read_stream
+from appliance.wire.output import (
+    Output,
+    embeddings_of_answer,
+    output_of_answer,
+    read_stream,
+)
 from appliance.wire.receipt import (
     MAX_BODY_NESTING,
     EventLog,
     GpuAttested,
+    OutputComplete,
     Receipt,
     read_events,
     verify_signature,
@@ -108,7 +114,7 @@ def appraise_exchange(exchange: Exchange, *, report: Report, context: Context) -
     cited = [one for one in (log.admission, log.completion) if one is not None]
     epochs = _by_digest(exchange.epochs, cited)
     parts: dict[str, AttestationResult] = {}
-    findings = [*_missing(exchange, log, cited), *_contradicted(cited)]
+    findings = [*_missing(exchange, log, endpoint, cited), *_contradicted(cited)]
     for event in cited:
         _check_inclusion(event, log, report)
         epoch = epochs.get(event.evidence_digest)
@@ -230,6 +236,9 @@ def _check_answer(
     response, told = exchange.response, log.output
     if told is None or log.engine is None:
         return
+    if endpoint is Endpoint.EMBEDDINGS:
+        _check_embeddings(response, told, wanted)
+        return
     choices = len(log.engine.rewrite)
     if told.output_digest is not None and len(told.finish_reasons) != choices:
         raise Unbound(
@@ -259,6 +268,29 @@ def _check_answer(
             f"got {list(told.finish_reasons)}"
         )
     _check_form(answer, exchange.receipt, endpoint)
+
+
+def _check_embeddings(
+    response: bytes | None, told: OutputComplete, wanted: InferenceRequest | None
+) -> None:
+    """They have no output digest, so what they say is held to the receipt by the response's hash
+    alone; here, that it is as many embeddings as were asked for."""
+    if told.output_digest is not None or told.finish_reasons:
+        raise Unbound("dcv.output: expected no output_digest and no finish_reasons of embeddings")
+    if response is None:
+        return
+    try:
+        answer = parse_json_object(response, max_nesting=MAX_BODY_NESTING)
+        embeddings = embeddings_of_answer(answer)
+        count = len(embeddings.vectors())
+    except Malformed as error:
+        raise Unbound(f"dcv.output: the response is no answer: {error.message}") from None
+    if "error" in answer:
+        raise Unbound("response: expected no error in an answer that is complete")
+    if wanted is not None and count != wanted.inputs:
+        raise Unbound(f"response: expected {wanted.inputs} embeddings, got {count}")
+    if embeddings.usage != told.usage:
+        raise Unbound("dcv.output.usage: expected that of the answer")
 
 
 def _check_form(answer: Answer, receipt: Receipt, endpoint: Endpoint) -> None:
@@ -447,7 +479,9 @@ def _endorsed(gpu: GpuEvidence, report: Report) -> GpuEvidence:
     return gpu
 
 
-def _missing(exchange: Exchange, log: EventLog, cited: list[GpuAttested]) -> Iterator[Finding]:
+def _missing(
+    exchange: Exchange, log: EventLog, endpoint: Endpoint, cited: list[GpuAttested]
+) -> Iterator[Finding]:
     """What could have been compared and was not there."""
     if exchange.request is None:
         yield _not_compared("request", format_sha256(log.received.body_hash), CONTENT_ADVICE)
@@ -458,7 +492,8 @@ def _missing(exchange: Exchange, log: EventLog, cited: list[GpuAttested]) -> Ite
         if event.evidence_digest not in known:
             digest = format_sha256(event.evidence_digest)
             yield _not_compared(f"{event.phase}_evidence", digest, EPOCH_ADVICE)
-    if log.output is not None and log.output.output_digest is None:
+    digestible = endpoint is not Endpoint.EMBEDDINGS  # section 5: "null for embeddings"
+    if digestible and log.output is not None and log.output.output_digest is None:
         yield Finding(
             Tier.WARNING,
             "receipt.output_digest",

@@ -26,6 +26,7 @@ from appliance.wire.openai import (
 from appliance.wire.receipt import (
     MAX_BODY_NESTING,
     MAX_REWRITES,
+    NO_SEED,
     EngineUsed,
     Rewrite,
     forwarded_hash,
@@ -34,6 +35,8 @@ from appliance.wire.receipt import (
 
 NEEDED = frozenset({"model", "messages", "prompt"})
 """Members that no request is without; the engine gets them."""
+
+NEEDED_FOR_EMBEDDINGS = frozenset({"model", "input"})
 
 WHAT = "dcv.engine.rewrite"
 
@@ -64,6 +67,9 @@ def check_rewrites(engine: EngineUsed, endpoint: Endpoint, response_id: str) -> 
     Raises:
         Unbound: one is not.
     """
+    if endpoint is Endpoint.EMBEDDINGS:
+        _check_embeddings_rewrite(engine)
+        return
     count, first = len(engine.rewrite), engine.rewrite[0]
     prompts = _prompts(engine.rewrite, endpoint)
     salt, options = first.set.get("cache_salt"), first.set.get("stream_options")
@@ -89,6 +95,18 @@ def check_rewrites(engine: EngineUsed, endpoint: Endpoint, response_id: str) -> 
             )
 
 
+def _check_embeddings_rewrite(engine: EngineUsed) -> None:
+    """One engine request, in which nothing is set: no seed, no id and no salt."""
+    one = engine.rewrite[0]
+    if len(engine.rewrite) != 1 or one.set or one.prompt_index is not None:
+        raise Unbound(f"{WHAT}: expected one for embeddings, which sets nothing")
+    if list(one.unset) != sorted(set(one.unset) - NEEDED_FOR_EMBEDDINGS):
+        needed = ", ".join(sorted(NEEDED_FOR_EMBEDDINGS))
+        raise Unbound(f"{WHAT}[0].unset: expected sorted keys, and none of {needed}")
+    if engine.seed != NO_SEED:
+        raise Unbound(f"dcv.engine.seed: expected {NO_SEED} for embeddings, got {engine.seed}")
+
+
 def check_forwarded(
     wanted: InferenceRequest, engine: EngineUsed, response_id: str, body_hash: bytes
 ) -> None:
@@ -105,13 +123,17 @@ def check_forwarded(
     choices = wanted.choices_per_prompt * len(wanted.prompts)
     if choices != len(engine.rewrite):  # before anything is made for each of them
         raise Unbound(f"{WHAT}: expected {choices}, one per choice, got {len(engine.rewrite)}")
+    if wanted.endpoint is Endpoint.EMBEDDINGS:
+        salt = ""  # there is none, see `_check_embeddings_rewrite`
+    else:
+        salt = str(engine.rewrite[0].set["cache_salt"])
     if wanted.seed is not None and wanted.seed != engine.seed:
         raise Unbound(f"dcv.engine.seed: expected the client's {wanted.seed}, got {engine.seed}")
     plans = plan_choices(
         wanted,
         response_id=response_id,
         seed=engine.seed,
-        cache_salt=str(engine.rewrite[0].set["cache_salt"]),
+        cache_salt=salt,
         max_choices=MAX_REWRITES,
     )
     for index, (plan, got) in enumerate(zip(plans, engine.rewrite, strict=True)):

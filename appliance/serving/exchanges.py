@@ -34,6 +34,7 @@ from appliance.wire.openai import ChoicePlan, InferenceRequest, forwarded_bodies
 from appliance.wire.output import Output, output_of_answer
 from appliance.wire.receipt import (
     MAX_TEXT,
+    NO_SEED,
     Ended,
     EngineUsed,
     EventLog,
@@ -163,7 +164,7 @@ class ExchangeRecord:
         self._forwarded = RequestForwarded(forwarded_hash(forwarded_bodies(body, plans)))
         self._engine = EngineUsed(
             workload_digest=identity.workload_digest,
-            seed=int(str(plans[0].set["seed"])),
+            seed=int(str(plans[0].set.get("seed", NO_SEED))),
             deterministic=engine["deterministic"] is True,
             rewrite=tuple(rewrite_of(plan) for plan in plans),
         )

@@ -33,6 +33,7 @@ from appliance.serving.admission import Exchange
 from appliance.wire.answers import ChunkMerger, merge_answers
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json_object
 from appliance.wire.openai import ChoicePlan, InferenceRequest, forwarded_body
+from appliance.wire.output import decode_embeddings, encode_answer
 from appliance.wire.sse import DONE_EVENT, Block, BlockReader, encode_event, split_events
 
 
@@ -73,7 +74,8 @@ async def forward(
     responses = []
     for plan in plans:
         body = forwarded_body(request.body, plan)
-        exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
+        if "rid" in plan.set:  # embeddings have none; the engine notices when nobody listens
+            exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
         response = await open_exchange(address, "POST", request.endpoint.value, body)
         exchange.on_close(response.close)
         responses.append(response)
@@ -122,6 +124,27 @@ async def collect_answer(
         return Answer(canonical_json(merged), merged)
     except Malformed as error:
         raise EngineProtocolError(f"the engine's answer: {error.message}") from error
+
+
+async def collect_embeddings(
+    response: EngineResponse, request: InferenceRequest, limits: Limits
+) -> Answer:
+    """The embeddings of a request, under the model's public name: SGLang tells its folder.
+
+    Raises:
+        EngineError: the engine refused, failed, or answered something else than one embedding for
+            each text, all of one length and of finite binary32 numbers.
+    """
+    body = await _answer_body(response, limits)
+    try:
+        embeddings = decode_embeddings(body)
+        count = len(embeddings.vectors())
+    except Malformed as error:
+        raise EngineProtocolError(f"the engine's answer: {error.message}") from error
+    if count != request.inputs:
+        raise EngineProtocolError(f"expected {request.inputs} embeddings, got {count}")
+    value = embeddings.answer(model=request.model)
+    return Answer(encode_answer(value), value)
 
 
 def find_usage(events: bytes, limits: Limits) -> JsonValue:

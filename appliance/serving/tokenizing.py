@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import trio
 
 from appliance.errors import ModelError
 
+_CONFIG_FILE = "config.json"
 _FILE = "tokenizer.json"
 
 
@@ -58,3 +60,25 @@ def load_tokenizer(model_path: Path) -> ModelTokenizer | None:
         return ModelTokenizer(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises bare Exception for anything it cannot read
         raise ModelError(f"cannot use {_FILE}: {type(error).__name__}") from error
+
+
+def vocabulary_size(model_path: Path) -> int | None:
+    """How many tokens the model has, by its `config.json`; None where that does not say.
+
+    The engine looks no id up before it computes with it, and does not survive one that is beyond.
+
+    Raises:
+        ModelError: the file is there and cannot be used.
+    """
+    path = model_path / _CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # not strict: some have Infinity in them
+        raise ModelError(f"cannot use {_CONFIG_FILE}: {type(error).__name__}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"cannot use {_CONFIG_FILE}: expected an object")
+    text = config.get("text_config")  # where a model sees and reads, this is what it reads with
+    sizes = [part.get("vocab_size") for part in (config, text) if isinstance(part, dict)]
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)

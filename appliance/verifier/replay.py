@@ -57,7 +57,7 @@ from appliance.verifier.verify_command import (
 )
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json_object
 from appliance.wire.encoding import format_sha256
-from appliance.wire.openai import Endpoint
+from appliance.wire.openai import Endpoint, endpoint_of
 from appliance.wire.output import Output
 from appliance.wire.receipt import MAX_BODY_NESTING, EventLog, read_events
 
@@ -373,6 +373,7 @@ def read_recorded(bundle: Bundle) -> Recorded:
     assert bundle.exchange is not None
     exchange = bundle.exchange
     log = read_events(exchange.receipt)
+    endpoint = _endpoint(exchange.receipt.endpoint)
     digest = _promised(log)
     assert log.engine is not None  # no output without it
     if exchange.request is None:
@@ -380,7 +381,7 @@ def read_recorded(bundle: Bundle) -> Recorded:
             "expected the request: save the bundle with --with-content, or give --request FILE"
         )
     return Recorded(
-        endpoint=_endpoint(exchange.receipt.endpoint),
+        endpoint=endpoint,
         request=parse_json_object(exchange.request, max_nesting=MAX_BODY_NESTING),
         seed=log.engine.seed,
         output_digest=digest,
@@ -400,12 +401,20 @@ def _promised(log: EventLog) -> bytes:
 
 
 def _endpoint(path: str) -> Endpoint:
-    """By the end of its path: the prefixes are aliases."""
-    if path.endswith("/chat/completions"):
-        return Endpoint.CHAT
-    if path.endswith("/completions"):
-        return Endpoint.COMPLETION
-    raise NotComparable("endpoint: expected one that generates text")
+    """What is served there.
+
+    Raises:
+        NotComparable: nothing with an output digest to compare.
+    """
+    endpoint = endpoint_of(path)
+    if endpoint is Endpoint.EMBEDDINGS:
+        raise NotComparable(
+            "dcv.output.output_digest: embeddings have none, their receipt binds bytes and "
+            "promises no vectors"
+        )
+    if endpoint is None:
+        raise NotComparable("endpoint: expected one that generates text")
+    return endpoint
 
 
 def require_same_workload(original: JsonObject, other: JsonObject) -> None:

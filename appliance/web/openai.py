@@ -37,7 +37,13 @@ from appliance.serving.metrics import (
     ExchangeMetrics,
     Metrics,
 )
-from appliance.serving.relay import EventSource, collect_answer, event_source, forward
+from appliance.serving.relay import (
+    EventSource,
+    collect_answer,
+    collect_embeddings,
+    event_source,
+    forward,
+)
 from appliance.serving.tokenizing import ModelTokenizer
 from appliance.web.bodies import read_body, read_object
 from appliance.web.evidence import evidence_or_refusal
@@ -63,6 +69,7 @@ from appliance.wire.openai import (
     parse_request,
     plan_choices,
 )
+from appliance.wire.output import encode_answer
 
 NONCE_BYTES = 32
 
@@ -80,6 +87,7 @@ class InferenceServices:
         random: so many random bytes.
         created: Unix seconds told as the model's creation: when this appliance booted.
         tokenizer: None when the model has no usable tokenizer file.
+        vocabulary_size: token ids are below it; None when the model does not say: none are taken.
         evidence_s: seconds that a request may wait for its evidence.
     """
 
@@ -88,6 +96,7 @@ class InferenceServices:
     engine: EngineAddress
     aborts: Aborts
     tokenizer: ModelTokenizer | None
+    vocabulary_size: int | None
     authenticator: Authenticator
     cache_secret: bytes = field(repr=False)
     metrics: Metrics
@@ -119,6 +128,9 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
     async def completion() -> Response:
         return await infer(Endpoint.COMPLETION, services)
 
+    async def embeddings() -> Response:
+        return await infer(Endpoint.EMBEDDINGS, services)
+
     async def models() -> Response:
         _tenant(services)
         return _json({"object": "list", "data": [_model_object(services)]})
@@ -138,6 +150,7 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
         for method, path, view in (
             ("POST", "/chat/completions", chat),
             ("POST", "/completions", completion),
+            ("POST", "/embeddings", embeddings),
             ("GET", "/models", models),
             ("GET", "/models/<path:model_id>", model),
             ("POST", "/tokenize", tokenize),
@@ -224,6 +237,8 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Respon
     wanted = parse_request(arrival.endpoint, body, extra_keys=extra_keys)
     response_id = arrival.endpoint.id_prefix + services.random(16).hex()
     _check_model(wanted.model, services)
+    _check_task(wanted.endpoint, services)
+    _check_token_ids(wanted, services)
     _check_transport(wanted)
     wanted = replace(wanted, proof=wanted.proof.with_query(request.args.getlist("tee")))
     record.understood(wanted, response_id)
@@ -297,21 +312,27 @@ def _client_nonce() -> bytes | None:
 
 
 async def _complete(services: InferenceServices, one: _Admitted) -> Response:
-    limits, record = services.config.limits, one.arrival.record
+    limits, record, wanted = services.config.limits, one.arrival.record, one.wanted
     try:
         with trio.fail_after(limits.generation_s):
             responses = await forward(
-                services.engine, one.wanted, one.plans, one.exchange, services.aborts
+                services.engine, wanted, one.plans, one.exchange, services.aborts
             )
-            answer = await collect_answer(responses, one.plans, limits, response_id=one.response_id)
+            if wanted.endpoint is Endpoint.EMBEDDINGS:
+                answer = await collect_embeddings(responses[0], wanted, limits)
+            else:
+                answer = await collect_answer(
+                    responses, one.plans, limits, response_id=one.response_id
+                )
         one.exchange.complete()
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine took too long to answer") from None
     one.arrival.observed.usage(answer.value.get("usage"))
     record.answered(answer.value)
     data = answer.data
-    if one.wanted.proof.at_end:
-        data = canonical_json({**answer.value, **await _proof(services, one)})
+    if wanted.proof.at_end:
+        encode = encode_answer if wanted.endpoint is Endpoint.EMBEDDINGS else canonical_json
+        data = encode({**answer.value, **await _proof(services, one)})
     record.write(data)
     return Response(data, content_type="application/json")
 
@@ -438,6 +459,39 @@ def _check_model(name: str, services: InferenceServices) -> None:
     if name != services.config.model.id:
         raise ModelNotFound(
             "this model is not served here; GET /v1/models names the one that is", param="model"
+        )
+
+
+def _check_task(endpoint: Endpoint, services: InferenceServices) -> None:
+    """The engine was started for one of the two; it would refuse the other in words of its own."""
+    embeds = services.config.model.task == "embed"
+    if embeds and endpoint is not Endpoint.EMBEDDINGS:
+        raise UnsupportedFeature(
+            "model: this one embeds texts and generates none; ask POST /v1/embeddings",
+            param="model",
+        )
+    if endpoint is Endpoint.EMBEDDINGS and not embeds:
+        raise UnsupportedFeature(
+            "model: this one generates texts and embeds none; ask POST /v1/chat/completions",
+            param="model",
+        )
+
+
+def _check_token_ids(wanted: InferenceRequest, services: InferenceServices) -> None:
+    """SGLang 0.5.23 computes with any id, and its scheduler dies of one that the model has not: where
+    the model does not say how many it has, none is let through."""
+    key = "input" if wanted.endpoint is Endpoint.EMBEDDINGS else "prompt"
+    given = wanted.body.get(key)
+    items = given if isinstance(given, list) else []
+    ids = [one for item in items for one in (item if isinstance(item, list) else (item,))]
+    largest = max((one for one in ids if isinstance(one, int)), default=None)
+    if largest is None:
+        return
+    if services.vocabulary_size is None:
+        raise UnsupportedFeature(f"{key}: this model takes no token ids, only text", param=key)
+    if largest >= services.vocabulary_size:
+        raise InvalidRequest(
+            f"{key}: expected token ids below {services.vocabulary_size}", param=key
         )
 
 

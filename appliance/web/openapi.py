@@ -28,12 +28,23 @@ from appliance.web.attestation import PREFIXES as ATTESTATION_PREFIXES
 from appliance.web.attestation import GenerateRequest, VerifyRequest
 from appliance.web.openai import PREFIXES, DetokenizeRequest, TokenizeRequest
 from appliance.wire.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue, canonical_json
-from appliance.wire.openai import ChatRequest, CompletionRequest, Sampling
+from appliance.wire.openai import (
+    MAX_INPUT_CHARACTERS,
+    MAX_INPUT_TOKENS,
+    MAX_INPUTS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingsRequest,
+    Sampling,
+)
 
 _BODIES = (
-    ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, GenerateRequest,
+    ChatRequest, CompletionRequest, EmbeddingsRequest, TokenizeRequest, DetokenizeRequest, GenerateRequest,
     VerifyRequest,
 )  # fmt: skip
+_TAKING_MORE = (Sampling, EmbeddingsRequest)
+"""Bodies that the configuration may add keys to."""
+
 _KEY = "api_key"
 
 # Which errors an operation meets; their statuses are their own.
@@ -49,6 +60,7 @@ _GENERATING = (
     errors.EngineDied, errors.EngineHung, errors.EngineStreamFailed, errors.EngineProtocolError,
     errors.AttestationFailed,
 )  # fmt: skip
+_EMBEDDING = tuple(error for error in _GENERATING if error is not errors.InvalidSeed)
 _PROVING = (errors.RateLimited, errors.Overloaded, errors.AttestationFailed)
 _SHOWING = (
     *_ASKING_A_KEY, errors.Malformed, errors.InvalidRequest, errors.UnknownParameter,
@@ -152,7 +164,7 @@ def _met(operation: _Operation, config: MeasuredConfig) -> set[type[ApplianceErr
     if config.auth.mode == "keys":
         return set(operation.errors)
     # A peer's rate is bounded whether there are keys or not.
-    by_key = _ONLY_WITH_KEYS if operation.errors == _GENERATING else _ASKING_A_KEY
+    by_key = _ONLY_WITH_KEYS if operation.errors in (_GENERATING, _EMBEDDING) else _ASKING_A_KEY
     return set(operation.errors) - set(by_key)
 
 
@@ -165,7 +177,7 @@ def _schemas(config: MeasuredConfig) -> JsonObject:
     for body in _BODIES:
         properties = schemas[body.__name__]["properties"]
         properties.update({key: decided[key] for key in properties if key in decided})
-        for key in config.engine.extra_request_keys if issubclass(body, Sampling) else ():
+        for key in config.engine.extra_request_keys if issubclass(body, _TAKING_MORE) else ():
             properties.setdefault(key, {"description": "Judged by the engine alone."})
     schemas["DataUrl"]["properties"]["url"]["pattern"] = "^data:"  # _check_media
     schemas["CompletionRequest"]["properties"]["prompt"] = {  # _prompts
@@ -173,6 +185,16 @@ def _schemas(config: MeasuredConfig) -> JsonObject:
             _TEXT,
             *(_list(item, minItems=1) for item in (_TEXT, _TOKEN, _list(_TOKEN, minItems=1))),
         ]
+    }
+    text: JsonObject = {"type": "string", "minLength": 1, "maxLength": MAX_INPUT_CHARACTERS}
+    tokens = _list(_TOKEN, minItems=1, maxItems=MAX_INPUT_TOKENS)
+    schemas["EmbeddingsRequest"]["properties"]["input"] = {  # _count_inputs
+        "anyOf": [
+            text,
+            tokens,
+            *(_list(item, minItems=1, maxItems=MAX_INPUTS) for item in (text, tokens)),
+        ],
+        "description": "More than white space.",
     }
     schemas["DetokenizeRequest"]["properties"]["tokens"] = {  # decode_tokens
         "anyOf": [_list(_TOKEN), _list(_list(_TOKEN))]
@@ -302,6 +324,17 @@ _PROOF: JsonObject = {
     "resolved_model": _object(id=_TEXT, revision={"type": ["string", "null"]}, digest=_TEXT),
 }
 
+_EMBEDDED = _object(
+    object={"const": "list"}, model=_TEXT, usage={"type": ["object", "null"]},
+    data=_list(
+        _object(
+            object={"const": "embedding"}, index=_WHOLE,
+            embedding={"anyOf": [_list({"type": "number"}), _TEXT]},
+        )
+    ),
+)  # fmt: skip
+_EMBEDDED["properties"] = {**_properties(_EMBEDDED), **_PROOF}
+
 _ANSWERS: JsonObject = {
     "Model": _object(
         id=_TEXT, object={"const": "model"}, created=_WHOLE, owned_by=_TEXT, max_model_len=_LENGTH
@@ -365,6 +398,9 @@ _OPERATIONS = (
                {"200": _generated("chat completion")}, "ChatRequest", _GENERATING),
     _Operation("completion", "Continue a text", _everywhere("/completions"),
                {"200": _generated("completion")}, "CompletionRequest", _GENERATING),
+    _Operation("embeddings", "Embed texts, where the model is for that",
+               _everywhere("/embeddings"), {"200": _json(_EMBEDDED)}, "EmbeddingsRequest",
+               _EMBEDDING),
     _Operation("models", "The model that is served, in a list", _everywhere("/models"),
                {"200": _json(_MODELS)}, errors=_ASKING_A_KEY),
     _Operation("model", "The model that is served", _everywhere("/models/{model_id}"),

@@ -2,7 +2,7 @@
 
 Three questions, three functions, in this order:
 
-1. `parse_chat`, `parse_completion`: is this a request we know, every key and every type?
+1. `parse_request`: is this a request we know, every key and every type?
 2. `plan_choices`: which engine requests does it become, and what does each one change?
 3. `forwarded_body`: the exact bytes the engine gets: JCS of the parsed body with the change
    applied, so that whoever holds the body and the change recomputes them.
@@ -43,6 +43,13 @@ from appliance.wire.canonical import (
 
 MAX_MODEL_NAME_BYTES = 256
 
+MAX_INPUTS = 2048
+"""Of one request for embeddings; OpenAI's own bound."""
+
+MAX_INPUT_CHARACTERS = 1 << 18
+MAX_INPUT_TOKENS = 1 << 16
+"""Of one text to embed. How many tokens the model takes is the engine's to say."""
+
 PREFIXES = ("/v1", "/~inference@1.0", "/~inference@1.0/v1")
 """Under which the endpoints are served: OpenAI's own, and those of the original DCV interface."""
 
@@ -63,16 +70,25 @@ class Endpoint(Enum):
 
     CHAT = "/v1/chat/completions"
     COMPLETION = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
 
     @property
     def id_prefix(self) -> str:
-        """What OpenAI's response ids of this endpoint begin with."""
-        return "chatcmpl-" if self is Endpoint.CHAT else "cmpl-"
+        """What OpenAI's response ids of this endpoint begin with; embeddings have none, so theirs
+        is SGLang's."""
+        return _ID_PREFIXES[self]
 
     @property
     def chunk_object(self) -> str:
         """What the chunks of a stream from here name themselves."""
         return "chat.completion.chunk" if self is Endpoint.CHAT else "text_completion"
+
+
+_ID_PREFIXES = {
+    Endpoint.CHAT: "chatcmpl-",
+    Endpoint.COMPLETION: "cmpl-",
+    Endpoint.EMBEDDINGS: "embd-",
+}
 
 
 def endpoint_of(path: str) -> Endpoint | None:
@@ -259,6 +275,28 @@ class CompletionRequest(Sampling, frozen=True, forbid_unknown_fields=True, kw_on
     suffix: str | None = None
 
 
+class EmbeddingsRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    model: str
+    input: (
+        Annotated[str, Meta(min_length=1, max_length=MAX_INPUT_CHARACTERS)]
+        | list[
+            Annotated[str, Meta(min_length=1, max_length=MAX_INPUT_CHARACTERS)]
+            | Token
+            | Annotated[list[Token], Meta(min_length=1, max_length=MAX_INPUT_TOKENS)]
+        ]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=65_536)] | None = None
+    # OpenAI's that has no meaning here: accepted, not forwarded
+    user: str | None = None
+    # Consumed by the gateway
+    tee: bool | None = None
+    provider: AnyJson = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(…)"  # the texts are in it
+
+
 GATEWAY_KEYS = frozenset({"tee", "provider"})
 """Consumed here; never forwarded."""
 
@@ -285,6 +323,13 @@ _GATEWAY_STREAM_OPTIONS = frozenset(
 FORWARDED_STREAM_OPTIONS = frozenset(StreamOptions.__struct_fields__) - _GATEWAY_STREAM_OPTIONS
 
 RequestBody: TypeAlias = ChatRequest | CompletionRequest
+
+_BODIES: Mapping[Endpoint, type[RequestBody | EmbeddingsRequest]] = {
+    Endpoint.CHAT: ChatRequest,
+    Endpoint.COMPLETION: CompletionRequest,
+    Endpoint.EMBEDDINGS: EmbeddingsRequest,
+}
+
 _Struct = TypeVar("_Struct", bound=Struct)
 
 
@@ -346,7 +391,12 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """A request that was understood, with nothing decided yet. `body` is the parsed JSON."""
+    """A request that was understood, with nothing decided yet.
+
+    Attributes:
+        inputs: how many embeddings are asked for; 0 elsewhere.
+        body: the parsed JSON.
+    """
 
     endpoint: Endpoint
     model: str
@@ -357,6 +407,7 @@ class InferenceRequest:
     seed: int | None
     proof: Proof
     body: JsonObject = field(repr=False)
+    inputs: int = 0
 
 
 def parse_body(raw: bytes, *, max_nesting: int) -> JsonObject:
@@ -386,9 +437,11 @@ def parse_request(
     Raises:
         RequestError: the leaf says what; the message names the key and never quotes a value.
     """
-    kind = ChatRequest if endpoint is Endpoint.CHAT else CompletionRequest
+    kind = _BODIES[endpoint]
     extra = frozenset(extra_keys).difference(kind.__struct_fields__)
     checked = {key: value for key, value in body.items() if key not in extra}
+    if endpoint is Endpoint.EMBEDDINGS:
+        return _embeddings_request(convert(checked, EmbeddingsRequest), body)
     request: RequestBody
     if endpoint is Endpoint.CHAT:
         request = convert(checked, ChatRequest)
@@ -397,8 +450,7 @@ def parse_request(
     else:
         request = convert(checked, CompletionRequest)
         prompts = _prompts(request.prompt)
-    if len(request.model.encode("utf-8")) > MAX_MODEL_NAME_BYTES:
-        raise InvalidRequest(f"model: expected at most {MAX_MODEL_NAME_BYTES} bytes", param="model")
+    _check_model_name(request.model)
     _check_provider(request.provider)
     options = request.stream_options or StreamOptions()
     return InferenceRequest(
@@ -414,6 +466,24 @@ def parse_request(
     )
 
 
+def _embeddings_request(request: EmbeddingsRequest, body: JsonObject) -> InferenceRequest:
+    inputs = _count_inputs(request.input)
+    _check_model_name(request.model)
+    _check_provider(request.provider)
+    return InferenceRequest(
+        endpoint=Endpoint.EMBEDDINGS,
+        model=request.model,
+        stream=False,
+        include_usage=False,
+        choices_per_prompt=1,
+        prompts=(None,),
+        seed=None,
+        proof=Proof(tee=request.tee),
+        body=body,
+        inputs=inputs,
+    )
+
+
 def plan_choices(
     request: InferenceRequest, *, response_id: str, seed: int, cache_salt: str, max_choices: int
 ) -> tuple[ChoicePlan, ...]:
@@ -422,6 +492,9 @@ def plan_choices(
     The engine answers `n` choices of one request with one seed, so all would be the same; and a
     list of prompts shares it too. Each choice `i` therefore becomes a request of its own with
     seed `(seed + i) mod 2^53`.
+
+    Embeddings are one engine request, however many texts there are, and nothing is set in it: no
+    token is sampled, nothing is cached, and a batch would need an id for every text.
 
     Args:
         response_id: the id the client's answer will carry; becomes the engine's request id.
@@ -432,6 +505,8 @@ def plan_choices(
     Raises:
         InvalidRequest: too many choices.
     """
+    if request.endpoint is Endpoint.EMBEDDINGS:
+        return (ChoicePlan(0, 0, {}, _unset_keys(request.body)),)
     count = request.choices_per_prompt * len(request.prompts)
     if count > max_choices:
         raise InvalidRequest(f"n: expected at most {max_choices} choices in all", param="n")
@@ -587,6 +662,11 @@ def _explain(message: str) -> RequestError:
     return InvalidRequest(f"{where or 'body'}: {what[0].lower()}{what[1:]}", param=where or None)
 
 
+def _check_model_name(name: str) -> None:
+    if len(name.encode("utf-8")) > MAX_MODEL_NAME_BYTES:
+        raise InvalidRequest(f"model: expected at most {MAX_MODEL_NAME_BYTES} bytes", param="model")
+
+
 def _check_seed(seed: JsonValue) -> int | None:
     if seed is None:
         return None
@@ -681,3 +761,34 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[JsonValue, ...]
         "prompt: expected a string, token ids, or a list of only strings or only token ids",
         param="prompt",
     )
+
+
+def _count_inputs(given: str | list[str | int | list[int]]) -> int:
+    """How many texts are to be embedded: a text, token ids, or a list of either (never mixed).
+
+    Raises:
+        InvalidRequest: none or too many; or a text without a character, which no engine embeds.
+    """
+    if isinstance(given, str):
+        texts = [given]
+    elif given and all(isinstance(item, int) for item in given):
+        if len(given) > MAX_INPUT_TOKENS:
+            raise _invalid_input(f"expected at most {MAX_INPUT_TOKENS} token ids")
+        return 1
+    elif not 0 < len(given) <= MAX_INPUTS:
+        raise _invalid_input(f"expected 1 to {MAX_INPUTS} texts")
+    elif all(isinstance(item, list) for item in given):
+        return len(given)
+    else:
+        texts = [item for item in given if isinstance(item, str)]
+        if len(texts) != len(given):
+            raise _invalid_input(
+                "expected a string, token ids, or a list of only strings or only token ids"
+            )
+    if not all(text.strip() for text in texts):
+        raise _invalid_input("expected texts that are more than white space")
+    return len(texts)
+
+
+def _invalid_input(what: str) -> InvalidRequest:
+    return InvalidRequest(f"input: {what}", param="input")

@@ -7,6 +7,9 @@ A stream, a whole answer and a replay of the same generation have one digest: de
 null and empty members of a message are left out, and so is what differs from run to run (ids) or
 is bound elsewhere (log probabilities: the response hash has them).
 
+Embeddings have no `output_digest`: it is null. Their own digest is for comparing two answers, and
+does not depend on how the vectors are written (`Embeddings.digest`).
+
 Chunks are decoded into a few typed members and nothing else, because this runs for every token,
 if not at once. That is the appliance's reading of its own engine. Whoever verifies an answer reads
 it strictly (`output_of_answer`, `read_stream`): what a client could read otherwise is refused.
@@ -15,9 +18,12 @@ it strictly (`output_of_answer`, `read_stream`): what a client could read otherw
 from __future__ import annotations
 
 import hashlib
+import math
+import sys
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -30,11 +36,14 @@ from appliance.wire.canonical import (
     parse_json,
     parse_json_object,
 )
+from appliance.wire.encoding import decode_base64, encode_base64
 from appliance.wire.sse import DONE_EVENT, PING_LINE, behind_pings
 
 MAX_CHOICES = 128
 MAX_TOOL_CALLS = 1024
 MAX_ARGUMENT_NESTING = 64
+MAX_DIMENSIONS = 1 << 20
+"""Of one embedding, in numbers."""
 MAX_CHUNK_NESTING = 256
 """Of a chunk that is read strictly, as deep as any answer may be."""
 
@@ -381,3 +390,138 @@ def _two_forms() -> Malformed:
 
 def _unreadable() -> Malformed:
     return Malformed("expected an answer, or the events of one")
+
+
+# ------------------------------------------------------------------------------------ embeddings
+
+
+class _Embedding(Struct, frozen=True):
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class _EmbeddingsAnswer(Struct, frozen=True):
+    data: list[_Embedding]
+    object: Literal["list"]
+    usage: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Embeddings:
+    """What an answer with embeddings says. Its `repr` does not.
+
+    Attributes:
+        told: by index, as it was written: numbers, or base64 of binary32.
+        usage: None when none was told.
+    """
+
+    told: tuple[list[float] | str, ...]
+    usage: JsonObject | None
+
+    def __repr__(self) -> str:
+        return f"Embeddings({len(self.told)})"
+
+    def vectors(self) -> tuple[bytes, ...]:
+        """Each as IEEE 754 binary32 numbers, little-endian, four bytes each.
+
+        An engine computes no wider ones, so writing them in decimal loses nothing: a number that
+        is not exactly a binary32 is none of its.
+
+        Raises:
+            Malformed: a number is no binary32, or not finite; not base64 of whole numbers; none,
+                too many, or not as many in each.
+        """
+        vectors = tuple(_binary32(told, place) for place, told in enumerate(self.told))
+        if any(len(vector) != len(vectors[0]) for vector in vectors):
+            raise Malformed("expected embeddings of one length", field="$.data")
+        return vectors
+
+    @property
+    def digest(self) -> bytes:
+        """`sha256(JCS({"data": [{"embedding", "index"}, …]}))`, 32 bytes; each `embedding` is the
+        base64 of its binary32 numbers, whichever way it was written.
+
+        Raises:
+            Malformed: as for `vectors`.
+        """
+        data: list[JsonValue] = [
+            {"index": index, "embedding": encode_base64(vector)}
+            for index, vector in enumerate(self.vectors())
+        ]
+        return hashlib.sha256(canonical_json({"data": data})).digest()
+
+    def answer(self, *, model: str) -> JsonObject:
+        """OpenAI's answer with them."""
+        data: list[JsonValue] = [
+            {"object": "embedding", "index": index, "embedding": list(told)}
+            if isinstance(told, list)
+            else {"object": "embedding", "index": index, "embedding": told}
+            for index, told in enumerate(self.told)
+        ]
+        return {"object": "list", "data": data, "model": model, "usage": self.usage}
+
+
+def decode_embeddings(data: bytes) -> Embeddings:
+    """The appliance's reading of its own engine: quick, and of nothing that is not handed on.
+
+    Raises:
+        Malformed: not shaped as embeddings.
+    """
+    try:
+        return _embeddings(msgspec.json.decode(data, type=_EmbeddingsAnswer))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _no_embeddings() from None
+
+
+def embeddings_of_answer(answer: JsonObject) -> Embeddings:
+    """Of an answer that was parsed strictly.
+
+    Raises:
+        Malformed: not shaped as embeddings.
+    """
+    try:
+        return _embeddings(msgspec.convert(answer, _EmbeddingsAnswer))
+    except msgspec.ValidationError:
+        raise _no_embeddings() from None
+
+
+def encode_answer(answer: JsonObject) -> bytes:
+    """An answer with many numbers as JSON, each in the fewest digits that give it back."""
+    return msgspec.json.encode(answer)
+
+
+def _embeddings(answer: _EmbeddingsAnswer) -> Embeddings:
+    if [one.index for one in answer.data] != list(range(len(answer.data))):
+        raise Malformed("expected embeddings 0 to n-1 in order", field="$.data")
+    return Embeddings(tuple(one.embedding for one in answer.data), answer.usage)
+
+
+def _binary32(told: list[float] | str, place: int) -> bytes:
+    where = f"$.data[{place}].embedding"
+    if isinstance(told, str):
+        data = decode_base64(told, field=where, max_bytes=4 * MAX_DIMENSIONS)
+        if not data or len(data) % 4:
+            raise Malformed(f"{where}: expected base64 of binary32 numbers", field=where)
+        numbers = array("f", data)
+        _little_endian(numbers)
+        if not all(map(math.isfinite, numbers)):
+            raise Malformed(f"{where}: expected finite numbers", field=where)
+        return data
+    if not 0 < len(told) <= MAX_DIMENSIONS:
+        raise Malformed(f"{where}: expected 1 to {MAX_DIMENSIONS} numbers", field=where)
+    numbers = array("f", told)
+    if numbers.tolist() != told:
+        raise Malformed(f"{where}: expected binary32 numbers", field=where)
+    _little_endian(numbers)
+    return numbers.tobytes()
+
+
+def _little_endian(numbers: array[float]) -> None:
+    """Between this machine's byte order and that."""
+    if sys.byteorder == "big":
+        numbers.byteswap()
+
+
+def _no_embeddings() -> Malformed:
+    return Malformed("expected a list of embeddings")

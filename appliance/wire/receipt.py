@@ -42,6 +42,9 @@ MAX_RECEIPT_BYTES = 1 << 20
 MAX_EVENTS = 64
 """Of any service's log; one of ours has nine at most."""
 MAX_REWRITES = 128
+NO_SEED = 0
+"""`seed` in `dcv.engine` where nothing is sampled: for embeddings, whose engine request has none."""
+
 MAX_TEXT = 512
 MAX_NESTING = 64
 MAX_USAGE_BYTES = 64 << 10
@@ -178,7 +181,7 @@ class EngineUsed:
 
     Attributes:
         workload_digest: W, 32 bytes.
-        seed: of choice 0.
+        seed: of choice 0; `NO_SEED` for embeddings.
         deterministic: whether the engine's settings make it answer the same again.
         rewrite: one per forwarded body, in index order.
     """

@@ -62,9 +62,10 @@ class RealAppliance:
         return (self.folder / "dcv.log").read_text(errors="replace")
 
 
-def start_real_appliance(folder: Path) -> RealAppliance:
+def start_real_appliance(folder: Path, *, task: str = "generate") -> RealAppliance:
     """Start one and wait until it serves."""
     config = serve.write_config(folder, engine="real", port=0)
+    config.write_text(config.read_text().replace("[model]\n", f'[model]\n"task" = "{task}"\n'))
     with (folder / "dcv.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "appliance", "serve", "--config", config], stderr=log

@@ -7,7 +7,11 @@ stream *is* nested and spaced, unlike any other error, and `[DONE]` follows it.
 
 from __future__ import annotations
 
+import base64
 import json
+import math
+import random
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -37,6 +41,8 @@ from tests.fakes.sglang_request import (
 )
 
 VERSION: Final = "0.5.23"
+HIDDEN_SIZE: Final = 16
+"""Of this model's embeddings; SmolLM2's have 576 numbers."""
 DONE: Final = b"data: [DONE]\n\n"
 
 
@@ -47,6 +53,8 @@ def answer(
     request: Request, choices: list[Choice], *, created: int, settings: Settings
 ) -> JsonObject:
     """The body of a request that did not stream. Aborted choices are ordinary ones: 200."""
+    if request.endpoint is Endpoint.EMBEDDINGS:
+        return _embeddings(request, choices, settings)
     chat = request.endpoint is Endpoint.CHAT
     rendered: list[JsonValue] = [
         _chat_choice(request, choice) if chat else _text_choice(request, choice)
@@ -62,6 +70,38 @@ def answer(
         "usage": _usage(request, choices, settings),
         "metadata": {"weight_version": "default", "weight_versions": [span]},
     }
+
+
+def _embeddings(request: Request, choices: list[Choice], settings: Settings) -> JsonObject:
+    """Decimal digits that give back each binary32, or base64 of them; and the model's folder."""
+    data: list[JsonValue] = []
+    for index, choice in enumerate(choices):
+        # What was sampled stands for what the model computes: of one text the same again.
+        seed = digest(choice.prompt + choice.text(Part.CONTENT))
+        size = request.dimensions or HIDDEN_SIZE
+        raw = struct.pack(f"<{size}f", *_direction(seed, size))
+        numbers: list[JsonValue] = list(struct.unpack(f"<{size}f", raw))
+        encoded = base64.b64encode(raw).decode()
+        told = encoded if request.encoding_format == "base64" else numbers
+        data.append({"embedding": told, "index": index, "object": "embedding"})
+    count = sum(count_tokens(choice.prompt) for choice in choices)
+    usage: JsonObject = {
+        "prompt_tokens": count,
+        "total_tokens": count,
+        "completion_tokens": 0,
+        "prompt_tokens_details": None,
+        "reasoning_tokens": 0,
+        "completion_tokens_details": None,
+    }
+    return {"data": data, "model": settings.model_path, "object": "list", "usage": usage}
+
+
+def _direction(seed: object, size: int) -> list[float]:
+    """A vector of length 1 (normalize=True)."""
+    chance = random.Random(str(seed))
+    numbers = [chance.gauss() for _ in range(size)]
+    length = math.hypot(*numbers)
+    return [number / length for number in numbers]
 
 
 def _chat_choice(request: Request, choice: Choice) -> JsonObject:

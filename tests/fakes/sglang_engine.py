@@ -132,6 +132,9 @@ def wire_settings(settings: JsonObject) -> asked.Settings:
         deterministic=str(settings.get("enable_deterministic_inference")).lower() == "true",
         tool_call_parser=text("tool_call_parser"),
         reasoning_parser=text("reasoning_parser"),
+        model_path=text("model_path") or "fake",
+        is_embedding=str(settings.get("is_embedding")).lower() == "true",
+        is_matryoshka="is_matryoshka" in (text("json_model_override_args") or ""),
     )
 
 
@@ -531,6 +534,7 @@ class Server:
             "/abort_request": {"POST": lambda: self._abort(call)},
             Endpoint.CHAT.path: {"POST": lambda: self._generate(Endpoint.CHAT, call)},
             Endpoint.COMPLETIONS.path: {"POST": lambda: self._generate(Endpoint.COMPLETIONS, call)},
+            Endpoint.EMBEDDINGS.path: {"POST": lambda: self._generate(Endpoint.EMBEDDINGS, call)},
             "/_seen": {"GET": lambda: respond(200, engine.seen)},
             "/_state": {"GET": lambda: respond(200, self._state())},
             "/_control": {"POST": lambda: self._control(call)},

@@ -35,6 +35,9 @@ class Settings:
     deterministic: bool
     tool_call_parser: str | None
     reasoning_parser: str | None
+    model_path: str = ""
+    is_embedding: bool = False
+    is_matryoshka: bool = False
 
 
 class Endpoint(Enum):
@@ -42,6 +45,7 @@ class Endpoint(Enum):
 
     CHAT = ("/v1/chat/completions", "openai_v1_chat_completions", 1870)
     COMPLETIONS = ("/v1/completions", "openai_v1_completions", 1860)
+    EMBEDDINGS = ("/v1/embeddings", "openai_v1_embeddings", 1887)
 
     @property
     def path(self) -> str:
@@ -149,8 +153,18 @@ _FIELDS: Final = {
         "logprobs": Pattern("int", nullable=True),
         "echo": Pattern("bool", nullable=False),
     },
+    Endpoint.EMBEDDINGS: {
+        "model": Pattern("string", nullable=False),
+        "encoding_format": Pattern("string", nullable=False),
+        "dimensions": Pattern("int", nullable=True),
+        "user": Pattern("string", nullable=True),
+    },
 }
-_REQUIRED: Final = {Endpoint.CHAT: "messages", Endpoint.COMPLETIONS: "prompt"}
+_REQUIRED: Final = {
+    Endpoint.CHAT: "messages",
+    Endpoint.COMPLETIONS: "prompt",
+    Endpoint.EMBEDDINGS: "input",
+}
 _NOUNS: Final = {
     "string": "string",
     "int": "integer",
@@ -214,6 +228,8 @@ class Request:
     rid: str | None
     output: Output
     separate_reasoning: bool
+    encoding_format: str = "float"
+    dimensions: int | None = None
 
 
 def parse_request(
@@ -225,6 +241,8 @@ def parse_request(
         Refused: with SGLang's own answer, echoes included.
     """
     fields = _typed_fields(endpoint, _json_object(endpoint, body, content_type))
+    if endpoint is Endpoint.EMBEDDINGS:
+        _check_embeddings(fields, settings)
     prompts = _prompts(endpoint, fields)
     output = _output(fields, endpoint)
     _check_meaning(fields, settings)
@@ -249,6 +267,8 @@ def parse_request(
         rid=text_of(fields.get("rid")) or None,
         output=output,
         separate_reasoning=fields.get("separate_reasoning") is not False,
+        encoding_format=text_of(fields.get("encoding_format")) or "float",
+        dimensions=_whole_or_none(fields.get("dimensions")),
     )
     _check_length(request, settings)
     return request
@@ -353,8 +373,34 @@ def _check_meaning(fields: JsonObject, settings: Settings) -> None:
         raise bad_request("range() arg 3 must not be zero")
 
 
+def _check_embeddings(fields: JsonObject, settings: Settings) -> None:
+    """What serving_embedding.py and tokenizer_manager.py refuse, in their words."""
+    form, given = fields.get("encoding_format", "float"), fields.get("input")
+    if form not in ("float", "base64"):
+        raise bad_request(f"encoding_format must be either 'float' or 'base64', got {form!r}")
+    if not given:
+        raise bad_request("Input cannot be empty")
+    if isinstance(given, str) and not given.strip():
+        raise bad_request("Input cannot be empty or whitespace only")
+    for index, item in enumerate(list_of(given)):
+        if isinstance(item, str) and not item.strip():
+            raise bad_request(f"Input at index {index} cannot be empty or whitespace only")
+    if isinstance(fields.get("rid"), str) and isinstance((list_of(given) or [0])[0], str | list):
+        raise internal_error("The rid should be a list.")
+    if not settings.is_embedding:
+        raise bad_request(
+            "This model does not appear to be an embedding model by default. "
+            "Please add `--is-embedding` when launching the server or try another model."
+        )
+    if fields.get("dimensions") is not None and not settings.is_matryoshka:
+        raise bad_request(
+            f"Model '{settings.model_path}' does not support matryoshka representation, "
+            f"changing output dimensions will lead to poor results."
+        )
+
+
 def _check_media(endpoint: Endpoint, fields: JsonObject) -> None:
-    if endpoint is Endpoint.COMPLETIONS:
+    if endpoint is not Endpoint.CHAT:
         return
     for message in list_of(fields.get("messages")):
         for part in list_of(object_of(message).get("content")):
@@ -390,7 +436,7 @@ def _prompts(endpoint: Endpoint, fields: JsonObject) -> tuple[str, ...]:
             raise bad_request("Messages cannot be empty.")
         turns = (f"<|im_start|>{m.get('role')}\n{_content_text(m)}<|im_end|>\n" for m in messages)
         return ("".join(turns) + "<|im_start|>assistant\n",)
-    prompt = fields.get("prompt")
+    prompt = fields.get("input" if endpoint is Endpoint.EMBEDDINGS else "prompt")
     if not prompt:
         raise bad_request("Prompt cannot be empty")
     if isinstance(prompt, str):
@@ -402,7 +448,7 @@ def _prompts(endpoint: Endpoint, fields: JsonObject) -> tuple[str, ...]:
 
 
 def _last_text(endpoint: Endpoint, fields: JsonObject, prompts: tuple[str, ...]) -> str:
-    if endpoint is Endpoint.COMPLETIONS:
+    if endpoint is not Endpoint.CHAT:
         return prompts[0]
     messages = [object_of(message) for message in list_of(fields.get("messages"))]
     return next((_content_text(m) for m in reversed(messages) if m.get("role") == "user"), "")
@@ -465,6 +511,8 @@ def _max_tokens(endpoint: Endpoint, fields: JsonObject) -> int | None:
     if endpoint is Endpoint.CHAT:
         newer = _whole_or_none(fields.get("max_completion_tokens"))
         return newer or _whole_or_none(fields.get("max_tokens"))
+    if endpoint is Endpoint.EMBEDDINGS:
+        return 1  # nothing is generated; a token's time is what an embedding takes here
     limit = whole_of(fields.get("max_tokens"), COMPLETIONS_MAX_TOKENS)
     if limit <= 0:
         text = "Value error, max_tokens must be positive"

@@ -56,7 +56,12 @@ from appliance.wire.event_log import parse_event_log, replay
 from appliance.wire.evidence import CpuEvidence, GpuEvidence, parse_cpu_evidence, parse_gpu_evidence
 from appliance.wire.http1 import ResponseReader
 from appliance.wire.identity import PublicKey, parse_keyset
-from appliance.wire.output import output_of_answer, output_of_stream
+from appliance.wire.output import (
+    decode_embeddings,
+    encode_answer,
+    output_of_answer,
+    output_of_stream,
+)
 from appliance.wire.receipt import (
     Ended,
     EngineUsed,
@@ -394,6 +399,8 @@ def report(data: bytes) -> None:
     texts(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "seed": 1, "n": 2},
         {"model": "m", "prompt": ["a", "b"], "stream": True, "stream_options": {}},
+        {"model": "m", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 4},
+        {"model": "m", "input": [[1, 2], [3]], "tee": True, "user": None},
     ),
     Malformed,
     RequestError,
@@ -401,6 +408,8 @@ def report(data: bytes) -> None:
 def openai(data: bytes) -> None:
     body = openai_wire.parse_body(data, max_nesting=MAX_NESTING)
     kind = openai_wire.Endpoint.CHAT if "messages" in body else openai_wire.Endpoint.COMPLETION
+    if "input" in body:
+        kind = openai_wire.Endpoint.EMBEDDINGS
     request = openai_wire.parse_request(kind, body)
     for plan in openai_wire.plan_choices(
         request, response_id="r", seed=1, cache_salt="s", max_choices=4
@@ -444,6 +453,23 @@ ANSWER = {
 @harness(texts(ANSWER))
 def output_answer(data: bytes) -> None:
     output_of_answer(parse_json_object(data, max_nesting=MAX_NESTING), max_bytes=4096)
+
+
+EMBEDDED = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.5, -0.25]}],
+    "usage": {"total_tokens": 3},
+}
+
+
+@harness(
+    texts(EMBEDDED, {**EMBEDDED, "data": [{"index": 0, "embedding": "AACAPwAAIMA="}]}), Malformed
+)
+def embeddings(data: bytes) -> None:
+    if parse_json_object(data, max_nesting=MAX_NESTING).get("object") == "list":
+        told = decode_embeddings(data)
+        again = decode_embeddings(encode_answer(told.answer(model="m")))
+        assert told.digest == again.digest
 
 
 @harness(texts(f"data: {json.dumps(CHUNK)}\n\ndata: [DONE]\n\n"))

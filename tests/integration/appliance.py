@@ -28,6 +28,7 @@ from appliance.notify import Notifier
 from appliance.run import run
 from appliance.serving.self_test import REQUEST_IDS
 
+MODEL_CONFIG = b'{"vocab_size": 49152}'
 FAKE_ENGINE = Path(__file__).parent.parent / "fakes" / "sglang_engine.py"
 MODEL = "stand-in"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -104,7 +105,7 @@ class RunningAppliance:
     async def engine_seen(self) -> list[dict[str, Any]]:
         """What it was asked since the boot, whose own requests are left out."""
         seen: list[dict[str, Any]] = (await self.engine_get("/_seen")).json()
-        return [one for one in seen if not one["rid"].startswith(REQUEST_IDS)]
+        return [one for one in seen if not str(one.get("rid")).startswith(REQUEST_IDS)]
 
     async def engine_counter(self, name: str) -> float:
         """A counter of the engine's own, summed over labels."""
@@ -120,13 +121,14 @@ def config_text(folder: Path, modes: tuple[str, ...] = (), sections: Sections | 
     """A configuration for the stand-in engine on free ports, with sections overridden."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
-    (model / "config.json").write_text("{}")
+    if not (model / "config.json").exists():
+        (model / "config.json").write_bytes(MODEL_CONFIG)
     command = [sys.executable, str(FAKE_ENGINE)]
     for mode in modes:
         command += ["--fake-mode", mode]
     merged: dict[str, dict[str, object]] = {
         "model": {"id": MODEL, "path": "model"},
-        "model.files": {"config.json": hashlib.sha256(b"{}").hexdigest()},
+        "model.files": {"config.json": hashlib.sha256(MODEL_CONFIG).hexdigest()},
         "listen": {"port": 0},
         "tls": {"certificate_file": "tls.pem"},
         "engine": {

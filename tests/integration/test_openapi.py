@@ -50,7 +50,7 @@ from appliance.web.health import HealthSource
 from appliance.web.openai import DetokenizeRequest, InferenceServices, TokenizeRequest
 from appliance.web.openapi import openapi_document
 from appliance.wire.canonical import MAX_SAFE_INTEGER, canonical_json
-from appliance.wire.openai import ChatRequest, CompletionRequest
+from appliance.wire.openai import ChatRequest, CompletionRequest, EmbeddingsRequest
 from tests.integration.appliance import (
     MODEL,
     RunningAppliance,
@@ -63,6 +63,7 @@ from tests.integration.appliance import (
 BODIES = (
     ChatRequest,
     CompletionRequest,
+    EmbeddingsRequest,
     TokenizeRequest,
     DetokenizeRequest,
     GenerateRequest,
@@ -148,6 +149,7 @@ def test_an_operators_keys_are_named_and_change_no_declared_one(tmp_path: Path) 
         properties = schemas[name]["properties"]
         assert "regex" in properties
         assert properties["seed"]["maximum"] == MAX_SAFE_INTEGER
+    assert "regex" in schemas["EmbeddingsRequest"]["properties"]
     assert "regex" not in schemas["TokenizeRequest"]["properties"]
 
 

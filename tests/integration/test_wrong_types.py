@@ -29,6 +29,7 @@ CANARY = "CANARY-5e1d"
 AT_LEAST = {
     "chat/completions": 1000,
     "completions": 500,
+    "embeddings": 60,
     "tokenize": 20,
     "detokenize": 20,
     "dcv/attestation/generate": 8,

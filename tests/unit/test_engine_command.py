@@ -41,6 +41,7 @@ OUR_OPTIONS = [
     "enable-deterministic-inference",
     "enable-metrics",
     "host",
+    "is-embedding",
     "log-level",
     "log-level-http",
     "max-running-requests",
@@ -381,3 +382,11 @@ def test_a_value_cannot_smuggle_in_an_option(value: str) -> None:
 def test_a_refused_argument_keeps_the_command_from_being_made() -> None:
     with pytest.raises(ConfigError, match=r"`log-requests` may not be set"):
         command(changed(extra_args=("log-requests",)))
+
+
+def test_a_model_that_embeds_is_started_so_and_keeps_no_prefixes() -> None:
+    generating = engine_settings(ENGINE, MODEL)
+    assert not generating.keys() & {"is-embedding", "disable-radix-cache"}
+    embedding = engine_settings(ENGINE, msgspec.structs.replace(MODEL, task="embed"))
+    added = {"is-embedding": True, "disable-radix-cache": True}
+    assert embedding == generating | added

@@ -24,7 +24,7 @@ from appliance.attester.simulated.provider import SimulatedCpu, SimulatedGpus
 from appliance.config import Policy
 from appliance.endorsements.anchors import load_anchors, load_simulated_anchors
 from appliance.errors import ApplianceError, EvidenceError, Malformed, Stale, Unauthentic, Unbound
-from appliance.rats.checkpoints import check_cut_stream
+from appliance.rats.checkpoints import appraise_cut_stream, check_cut_stream
 from appliance.rats.exchange import Exchange
 from appliance.rats.forwarded import check_forwarded, check_rewrites, read_request
 from appliance.rats.presented import present
@@ -560,7 +560,7 @@ def other_envelope(**changed: Any) -> Callable[[JsonObject], JsonObject]:
     ("named", "changed"),
     [
         ("receipt.method", {"method": "GET"}),
-        ("receipt.endpoint", {"endpoint": "/v1/embeddings"}),
+        ("dcv.engine.rewrite", {"endpoint": "/v1/embeddings"}),
         ("receipt.endpoint", {"endpoint": CHAT + "/embeddings"}),
         ("receipt.endpoint", {"endpoint": "/v2/chat/completions"}),
         ("receipt.model", {"model": "n"}),
@@ -1156,6 +1156,37 @@ def test_a_cut_stream_of_another_request_appliance_or_keyset_is_refused() -> Non
         check_cut_stream(other, report=HERE.report)
 
 
+def test_a_cut_stream_is_a_warning_that_says_what_is_open() -> None:
+    content = CUT[:FIRST_END]
+    result = appraise_cut_stream(content, report=HERE.report, request=STREAM_REQUEST)
+    assert result.verdict is Tier.WARNING
+    checks = [finding.check for finding in result.findings]
+    assert checks == ["checkpoint.stream", "checkpoint.admission_evidence"]
+    assert result.claims["proven_bytes"] == CUT.index(COMMENT)
+    assert result.claims["received_bytes"] == len(content)
+    less = appraise_cut_stream(content, report=HERE.report)
+    assert less.findings[-1].check == "checkpoint.request"
+
+
+def test_a_cut_streams_evidence_is_of_its_keysets_time() -> None:
+    keyset = HERE.report.keyset
+    collected_at = check_cut_stream(CUT, report=HERE.report).core.gpu.collected_at
+    for not_after in (collected_at, collected_at + 25 * 3600):
+        other = replace(HERE.report, keyset=replace(keyset, not_after=not_after))
+        with pytest.raises(Stale, match="collected_at"):
+            appraise_cut_stream(CUT, report=other)
+
+
+def test_a_cut_stream_that_went_on_against_its_own_verdict_is_contraindicated() -> None:
+    went_on = Proof(
+        core=lambda core: replace(core, gpu=replace(core.gpu, verdict="contraindicated"))
+    )
+    content = made(completion=True, stream=True, proof=went_on).response or b""
+    result = appraise_cut_stream(content, report=HERE.report, request=STREAM_REQUEST)
+    assert result.verdict is Tier.CONTRAINDICATED
+    assert result.findings[-1].check == "checkpoint.admission_verdict"
+
+
 # ------------------------------------------------------------------------------------- any byte
 
 WHOLE = Bundle("https://here", AT, NONCE, SPKI, HERE.report, made(completion=True))
@@ -1293,3 +1324,112 @@ def test_nothing_of_the_content_is_in_a_bundle_without_it() -> None:
     for content in (b"What is up", b"The sky", REQUEST, canonical_json(ANSWER)):
         assert content not in bare
         assert encode_base64(content).rstrip("=").encode()[:8] not in bare
+
+
+# ------------------------------------------------------------------------------------- embeddings
+
+EMBEDDINGS = "/v1/embeddings"
+TEXTS = b'{"input":["What is up?","What else?"],"model":"m"}'
+USAGE: JsonObject = {"prompt_tokens": 7, "total_tokens": 7}
+VECTORS: JsonObject = {
+    "object": "list",
+    "data": [
+        {"object": "embedding", "index": 0, "embedding": [0.5, -0.25]},
+        {"object": "embedding", "index": 1, "embedding": "AACAPwAAIMA="},
+    ],
+    "model": "m",
+    "usage": USAGE,
+}
+
+
+def embedded(
+    change: Callable[[EventLog], EventLog] = lambda log: log,
+    *,
+    response: JsonObject = VECTORS,
+    request: bytes = TEXTS,
+    rewrites: tuple[Rewrite, ...] = (Rewrite({}, ()),),
+) -> Exchange:
+    def truth(log: EventLog) -> EventLog:
+        log = forwarding(request, *rewrites)(log)
+        assert log.engine is not None
+        output = OutputComplete(None, (), USAGE)
+        return change(replace(log, engine=replace(log.engine, seed=0), output=output))
+
+    data = canonical_json(response)
+    return made(request=request, response=data, change=truth, endpoint=EMBEDDINGS)
+
+
+def test_embeddings_as_they_were_have_no_finding_of_their_own() -> None:
+    result = verdict(embedded())
+    assert result.verdict is Tier.WARNING  # simulated hardware
+    assert own_checks(result) == []
+    ignored = TEXTS.replace(b'"model"', b'"user":"u","model"')
+    result = verdict(embedded(request=ignored, rewrites=(Rewrite({}, ("user",)),)))
+    assert own_checks(result) == []
+
+
+def of_output(**changed: Any) -> Callable[[EventLog], EventLog]:
+    def change(log: EventLog) -> EventLog:
+        assert log.output is not None
+        return replace(log, output=replace(log.output, **changed))
+
+    return change
+
+
+def of_engine(**changed: Any) -> Callable[[EventLog], EventLog]:
+    def change(log: EventLog) -> EventLog:
+        assert log.engine is not None
+        return replace(log, engine=replace(log.engine, **changed))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("no output_digest", of_output(output_digest=b"\x01" * 32)),
+        ("no finish_reasons", of_output(finish_reasons=("stop",))),
+        ("dcv.output.usage", of_output(usage=None)),
+        ("dcv.output.usage", of_output(usage={"prompt_tokens": 8, "total_tokens": 8})),
+        ("dcv.engine.seed", of_engine(seed=1)),
+        ("sets nothing", of_engine(rewrite=(Rewrite({"rid": "c-1"}, ()),))),
+        ("sets nothing", of_engine(rewrite=(Rewrite({}, ()), Rewrite({}, ())))),
+        ("sets nothing", of_engine(rewrite=(Rewrite({}, (), 0),))),
+        ("unset", of_engine(rewrite=(Rewrite({}, ("input",)),))),
+        ("unset", of_engine(rewrite=(Rewrite({}, ("user", "tee")),))),
+        ("unset", of_engine(rewrite=(Rewrite({}, ("user",)),))),
+        ("request.forwarded", lambda log: replace(log, forwarded=RequestForwarded(b"\x01" * 32))),
+    ],
+)
+def test_a_signed_lie_about_embeddings_is_refused_and_named(
+    named: str, change: Callable[[EventLog], EventLog]
+) -> None:
+    with pytest.raises(EvidenceError, match=named.replace(".", r"\.")):
+        verdict(embedded(change))
+
+
+@pytest.mark.parametrize(
+    ("named", "changed"),
+    [
+        ("no answer", {"data": None}),
+        ("no answer", {"data": [{"index": 1, "embedding": [1]}]}),
+        ("no answer", {"data": [{"index": 0, "embedding": [0.1]}]}),
+        ("expected 2 embeddings, got 1", {"data": [{"index": 0, "embedding": [0.5]}]}),
+        ("expected no error", {"error": {"message": "m"}}),
+        ("dcv.output.usage", {"usage": None}),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_refused_and_named(
+    named: str, changed: JsonObject
+) -> None:
+    """Signed, with the hash of the bytes."""
+    with pytest.raises(EvidenceError, match=named.replace(".", r"\.")):
+        verdict(embedded(response={**VECTORS, **changed}))
+
+
+def test_another_number_is_another_response() -> None:
+    exchange = embedded()
+    assert exchange.response is not None
+    changed = exchange.response.replace(b"-0.25", b"-0.26")
+    with pytest.raises(Unbound, match=r"response\.returned"):
+        verdict(replace(exchange, response=changed))

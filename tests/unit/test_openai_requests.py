@@ -274,7 +274,7 @@ def smallest(endpoint: Endpoint, **keys: JsonValue) -> JsonObject:
     return chat(**keys) if endpoint is Endpoint.CHAT else completion(**keys)
 
 
-both_endpoints = pytest.mark.parametrize("endpoint", Endpoint)
+both_endpoints = pytest.mark.parametrize("endpoint", ENDPOINTS)
 every_place = pytest.mark.parametrize("place", PLACES, ids=lambda place: place.id)
 
 

@@ -38,7 +38,7 @@ PATIENCE_S = 60.0
 
 @asynccontextmanager
 async def engine(
-    folder: Path, *modes: str, deterministic: bool = True
+    folder: Path, *modes: str, deterministic: bool = True, is_embedding: bool = False
 ) -> AsyncIterator[EngineAddress]:
     """A stand-in that answers."""
     address = EngineAddress(choose_port(), KEY)
@@ -47,6 +47,7 @@ async def engine(
         "port": address.port,
         "api-key": KEY,
         "enable-deterministic-inference": deterministic,
+        "is-embedding": is_embedding,
     }
     config = folder / "engine.yaml"
     config.write_text(json.dumps(settings))
@@ -174,3 +175,37 @@ async def test_an_engine_that_hangs_fails_the_stage_in_time(tmp_path: Path) -> N
                 log=configure_log(format="json", level="error"),
             )
     assert failed.value.message.startswith("stage 8 (self-test): expected it to end within")
+
+
+# ------------------------------------------------------------------------------------- embeddings
+
+
+async def test_a_text_is_embedded_twice_as_numbers_and_as_base64(tmp_path: Path) -> None:
+    digests = []
+    for _ in range(2):
+        async with engine(tmp_path, is_embedding=True) as address:
+            digests.append(await self_test(address, Limits(), model=MODEL, task="embed"))
+            asked = await seen(address)
+    assert len(set(digests)) == 1
+    assert [one["encoding_format"] for one in asked] == ["float", "base64"]
+    assert {one["input"] for one in asked} == {PROMPT}
+    assert all(one["rid"].startswith(REQUEST_IDS) for one in asked)
+
+
+async def test_an_engine_that_embeds_one_text_in_two_ways_is_found_out(tmp_path: Path) -> None:
+    async with engine(tmp_path, "not_deterministic", is_embedding=True) as address:
+        with pytest.raises(EngineNotDeterministic, match="as numbers and sha256:"):
+            await self_test(address, Limits(), model=MODEL, task="embed")
+
+
+async def test_a_model_that_generates_does_not_embed_and_says_so(tmp_path: Path) -> None:
+    async with engine(tmp_path) as address:
+        for ask in (self_test, warm_up):
+            with pytest.raises(EngineError):
+                await ask(address, Limits(), model=MODEL, task="embed")
+
+
+async def test_warming_up_embeds_one_text(tmp_path: Path) -> None:
+    async with engine(tmp_path, is_embedding=True) as address:
+        await warm_up(address, Limits(), model=MODEL, task="embed")
+        assert [one["encoding_format"] for one in await seen(address)] == ["base64"]
