@@ -8,9 +8,12 @@ was cut and no receipt can be had, it is all there is.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
-from appliance.errors import Malformed, Unbound
+from appliance.errors import Malformed, Stale, Unbound
+from appliance.rats.appraise import MAX_KEYSET_S
 from appliance.rats.presented import parse_presented
+from appliance.rats.result import AttestationResult, Finding, Tier, conclude
 from appliance.wire.canonical import JsonObject, JsonValue, parse_json_object
 from appliance.wire.checkpoint import (
     MAX_ANSWER_NESTING,
@@ -29,6 +32,8 @@ from appliance.wire.identity import parse_checkpoint_key
 from appliance.wire.receipt import EventLog, GpuAttested, Receipt
 from appliance.wire.report import Report
 from appliance.wire.sse import DONE_EVENT
+
+SCHEME = "checkpoint"
 
 SHOWN = ("evidences", "nonce", "inclusion", "raw")
 """What of `attestation` can be held to something; the rest is the appliance's reading of it."""
@@ -93,6 +98,75 @@ def check_cut_stream(content: bytes, *, report: Report, request: bytes | None = 
     if request is not None:
         _same("request_body_hash", hashlib.sha256(request).digest(), core.request_body_hash)
     return last.checkpoint
+
+
+def appraise_cut_stream(
+    content: bytes, *, report: Report, request: bytes | None = None
+) -> AttestationResult:
+    """`check_cut_stream` as a result, with what it leaves open as findings. It is never more than a
+    warning: a part of an answer is not the answer.
+
+    Raises:
+        Stale: the evidence that it cites is not of the keyset's time.
+        What `check_cut_stream` raises.
+    """
+    core = check_cut_stream(content, report=report, request=request).core
+    not_after, collected_at = report.keyset.not_after, core.gpu.collected_at
+    if not not_after - MAX_KEYSET_S <= collected_at < not_after:
+        raise Stale(
+            f"checkpoint.gpu.collected_at: expected in the keyset's time, which ends at "
+            f"{not_after}, got {collected_at}"
+        )
+    assert core.prefix_bytes is not None  # it stands in a stream, see `_check_prefix`
+    claims: JsonObject = {
+        "scheme": SCHEME,
+        "receipt_id": core.receipt_id,
+        "seq": core.seq,
+        "final": core.final,
+        "proven_bytes": core.prefix_bytes,
+        "received_bytes": len(content),
+        "request_hash": format_sha256(core.request_body_hash),
+        "prefix_hash": _spelled(core.prefix_sha256),
+        "output_digest": _spelled(core.output_digest),
+        "workload_keyset_digest": format_sha256(core.keyset_digest),
+        "evidence_digest": format_sha256(core.gpu.evidence_digest),
+        "collected_at": collected_at,
+        "key_id": core.key_id,
+    }
+    return conclude(claims, list(_open_ends(core, len(content), request)), {})
+
+
+def _open_ends(core: Core, received: int, request: bytes | None) -> Iterator[Finding]:
+    yield Finding(
+        Tier.WARNING,
+        "checkpoint.stream",
+        "a whole answer, with its receipt",
+        f"{core.prefix_bytes} of {received} bytes that are proven",
+        "Rely on nothing behind those bytes; fetch the receipt, which says how the answer ended.",
+    )
+    yield Finding(
+        Tier.WARNING,
+        "checkpoint.admission_evidence",
+        format_sha256(core.gpu.evidence_digest),
+        "not compared",
+        "Fetch the receipt: only that proves that the request is in the epoch which it cites.",
+    )
+    if request is None:
+        yield Finding(
+            Tier.WARNING,
+            "checkpoint.request",
+            format_sha256(core.request_body_hash),
+            "not compared",
+            "Give the bytes that were sent: --request FILE.",
+        )
+    if core.gpu.verdict == Tier.CONTRAINDICATED:
+        yield Finding(
+            Tier.CONTRAINDICATED,
+            "checkpoint.admission_verdict",
+            "evidence that the appliance let through",
+            core.gpu.verdict,
+            "Do not rely on this answer: the appliance went on against its own verdict.",
+        )
 
 
 class _Prefix:

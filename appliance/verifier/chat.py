@@ -16,7 +16,7 @@ import datetime
 import secrets
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ import msgspec
 import trio
 from msgspec import Struct
 from rich.console import Console
+from rich.text import Text
 
 from appliance.errors import ApplianceError, Malformed, VerificationIncomplete
 from appliance.rats.result import Tier
@@ -33,6 +34,7 @@ from appliance.verifier.answers import Answered, collect_exchange, is_receipt_id
 from appliance.verifier.arguments import EXIT_STATUS, add_rules, credential
 from appliance.verifier.bundle import MAX_CONTENT_BYTES, Bundle
 from appliance.verifier.check import Rules, fetch, load_rules
+from appliance.verifier.fetching import reason
 from appliance.verifier.render import render
 from appliance.verifier.session import pinned_client
 from appliance.verifier.verdict import Outcome, of_error
@@ -43,6 +45,13 @@ CHAT_PATH = "/v1/chat/completions"
 
 READ_S = 120.0
 """Between two parts of an answer; the appliance sends heartbeats in between."""
+
+ANSWER_S = 600.0
+"""For all of an answer, however slowly it comes, unless `--within` says otherwise."""
+
+MAX_ANSWER_S = 24 * 3600.0
+MAX_EVENT_BYTES = 4 << 20
+"""Of an answer, as the appliance bounds its engine's; what is not whole yet is kept to be printed."""
 
 MAX_PROMPT_BYTES = 4 << 20
 
@@ -65,6 +74,14 @@ def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     chat.add_argument("--model", metavar="ID", help="default: the one that the evidence proves")
     chat.add_argument(
+        "--within",
+        type=_seconds,
+        default=ANSWER_S,
+        metavar="SECONDS",
+        help="for the whole answer, from the prompt to its last byte; what is not whole by then is "
+        "given up as not checked; default: %(default)g",
+    )
+    chat.add_argument(
         "--save", type=Path, metavar="BUNDLE", help="keep what was fetched, to verify it again"
     )
     chat.add_argument(
@@ -77,11 +94,11 @@ def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def chat_command(arguments: argparse.Namespace) -> int:
     """`dcv chat`: prints answer and verdict, and returns the verdict's exit status."""
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     try:
-        outcome = _chat(arguments)
+        outcome = _chat(arguments, console)
     except ApplianceError as error:
         outcome = of_error(error)
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if outcome.verdict in (Tier.AFFIRMING, Tier.WARNING):
         console.print(_verdict_line(outcome), soft_wrap=True)
     else:
@@ -89,24 +106,30 @@ def chat_command(arguments: argparse.Namespace) -> int:
     return outcome.exit_status
 
 
-def _chat(arguments: argparse.Namespace) -> Outcome:
+def _chat(arguments: argparse.Namespace, console: Console) -> Outcome:
     if arguments.with_content and arguments.save is None:
         raise VerificationIncomplete("--with-content: expected --save BUNDLE beside it")
     rules = load_rules(arguments.policy, arguments.reference)
     prompt = _prompt(arguments.prompt)
     headers = {} if arguments.api_key_file is None else credential(arguments.api_key_file)
-    return trio.run(partial(_ask_and_verify, arguments, rules, prompt, headers))
+    return trio.run(partial(_ask_and_verify, arguments, rules, prompt, headers, console))
 
 
 async def _ask_and_verify(
-    arguments: argparse.Namespace, rules: Rules, prompt: str, headers: dict[str, str]
+    arguments: argparse.Namespace,
+    rules: Rules,
+    prompt: str,
+    headers: dict[str, str],
+    console: Console,
 ) -> Outcome:
-    # Steps 1 to 9. Nothing is sent to whom they refuse.
-    now = datetime.datetime.now(datetime.UTC)
-    bundle = await fetch(arguments.url, secrets.token_bytes(NONCE_BYTES), now=now)
-    if arguments.save is not None:
-        save(arguments.save, bundle)
-    outcome = outcome_of(bundle, rules, at=now, source="clock")
+    # Steps 1 to 9. Nothing is sent to whom they refuse. What takes its time is said on a terminal,
+    # and only there.
+    with console.status(Text(_printable(f"verifying {arguments.url}"))):
+        now = datetime.datetime.now(datetime.UTC)
+        bundle = await fetch(arguments.url, secrets.token_bytes(NONCE_BYTES), now=now)
+        if arguments.save is not None:
+            save(arguments.save, bundle)
+        outcome = outcome_of(bundle, rules, at=now, source="clock")
     if outcome.verdict not in (Tier.AFFIRMING, Tier.WARNING):
         return outcome
     assert bundle.spki_sha256 is not None
@@ -114,49 +137,57 @@ async def _ask_and_verify(
     try:
         async with pinned_client(bundle.url, (bundle.spki_sha256,), read_s=READ_S) as client:
             client.headers.update(headers)
-            answered = await _ask(client, body)
+            answered = await _ask(client, body, within_s=arguments.within)
             # Step 10, with what it needs.
-            bundle = await collect_exchange(client, bundle, answered, body)
+            with console.status("fetching what proves the answer"):
+                bundle = await collect_exchange(client, bundle, answered, body)
     except (httpx2.HTTPError, httpx2.InvalidURL, ssl.SSLError, OSError) as error:
-        reason = str(error) or type(error).__name__
-        raise VerificationIncomplete(f"cannot ask {bundle.url}: {reason}") from error
+        raise VerificationIncomplete(f"cannot ask {bundle.url}: {reason(error)}") from error
     if arguments.save is not None:
         save(arguments.save, bundle if arguments.with_content else _without_content(bundle))
-    checked = datetime.datetime.now(datetime.UTC)
-    return outcome_of(bundle, rules, at=checked, source="clock")
+    with console.status("verifying the answer"):
+        checked = datetime.datetime.now(datetime.UTC)
+        return outcome_of(bundle, rules, at=checked, source="clock")
 
 
-async def _ask(client: httpx2.AsyncClient, body: bytes) -> Answered:
+async def _ask(client: httpx2.AsyncClient, body: bytes, *, within_s: float) -> Answered:
     """Send the prompt and print the answer as it comes.
 
     Raises:
         Unbound: the connection ends at another TLS key; nothing was sent.
-        VerificationIncomplete: it was refused without a receipt, or answered without end.
+        VerificationIncomplete: it was refused without a receipt, or answered without end, or not
+            in time.
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
     content = bytearray()
     printer = _Printer()
-    async with client.stream(
-        "POST",
-        CHAT_PATH,
-        content=body,
-        headers={"Content-Type": "application/json", "X-DCV-Nonce": nonce.hex()},
-    ) as response:
-        receipt_id = response.headers.get("X-Receipt-Id", "")
-        streams = response.status_code == httpx2.codes.OK
-        try:
-            async for part in response.aiter_raw():
-                content += part
-                if len(content) > MAX_CONTENT_BYTES:
-                    raise VerificationIncomplete(
-                        f"expected an answer of at most {MAX_CONTENT_BYTES} bytes"
-                    )
-                if streams:
-                    printer.feed(part)
-        except httpx2.HTTPError as error:
-            # The receipt says how it ended, and that what came is not all.
-            _say(f"the answer broke off: {str(error) or type(error).__name__}")
+    receipt_id = ""
+    with trio.move_on_after(within_s) as in_time:
+        async with client.stream(
+            "POST",
+            CHAT_PATH,
+            content=body,
+            headers={"Content-Type": "application/json", "X-DCV-Nonce": nonce.hex()},
+        ) as response:
+            receipt_id = response.headers.get("X-Receipt-Id", "")
+            streams = response.status_code == httpx2.codes.OK
+            try:
+                async for part in response.aiter_raw():
+                    content += part
+                    if len(content) > MAX_CONTENT_BYTES:
+                        raise VerificationIncomplete(
+                            f"expected an answer of at most {MAX_CONTENT_BYTES} bytes"
+                        )
+                    if streams:
+                        printer.feed(part)
+            except httpx2.HTTPError as error:
+                # The receipt says how it ended, and that what came is not all.
+                _say(f"the answer broke off: {reason(error)}")
     printer.end()
+    if in_time.cancelled_caught:
+        # How much was written after we left, only the receipt says: there is nothing to hold to it.
+        named = f"; its receipt is {receipt_id}" if is_receipt_id(receipt_id) else ""
+        raise VerificationIncomplete(f"expected the whole answer within {within_s:g} s{named}")
     if not streams:
         _say(f"the appliance refused: HTTP {response.status_code} {_message(bytes(content))}")
     if not is_receipt_id(receipt_id):
@@ -196,15 +227,21 @@ class _Printer:
     """Prints the text of a stream of events, cut however the network likes."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
         self._printed = ""
 
     def feed(self, data: bytes) -> None:
-        *events, self._rest = (self._rest + data).split(b"\n\n")
-        for text in _texts(events):
-            self._printed = _printable(text)
-            sys.stdout.write(self._printed)
-        sys.stdout.flush()
+        """Raises: VerificationIncomplete: an event is longer than one would keep."""
+        self._rest += data
+        # What was kept before holds no whole event: an end lies in what came, or on its border.
+        if self._rest.find(b"\n\n", max(0, len(self._rest) - len(data) - 1)) >= 0:
+            *events, self._rest = self._rest.split(b"\n\n")
+            for text in _texts(events):
+                self._printed = _printable(text)
+                sys.stdout.write(self._printed)
+            sys.stdout.flush()
+        if len(self._rest) > MAX_EVENT_BYTES:
+            raise VerificationIncomplete(f"expected events of at most {MAX_EVENT_BYTES} bytes")
 
     def end(self) -> None:
         if self._printed and not self._printed.endswith("\n"):
@@ -212,7 +249,7 @@ class _Printer:
         sys.stdout.flush()
 
 
-def _texts(events: list[bytes]) -> Iterator[str]:
+def _texts(events: Sequence[bytes | bytearray]) -> Iterator[str]:
     """Of events that are chunks; the check of the whole says what the others were."""
     for event in events:
         if not event.startswith(b"data: {"):
@@ -272,6 +309,17 @@ def _model_of(bundle: Bundle) -> str:
     if not isinstance(name, str):
         raise Malformed("workload.model.id: expected text", field="$.workload.model.id")
     return name
+
+
+def _seconds(text: str) -> float:
+    """Raises: argparse.ArgumentTypeError: no number, or beyond a day."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_ANSWER_S:  # nor NaN
+        raise argparse.ArgumentTypeError(f"expected seconds, at most {MAX_ANSWER_S:g}")
+    return seconds
 
 
 def _prompt(argument: str) -> str:

@@ -147,5 +147,9 @@ def _no_answer(base: httpx2.URL, error: Exception) -> VerificationIncomplete:
 
 
 def reason(error: Exception) -> str:
-    """In words: some of these have none of their own."""
-    return str(error) or type(error).__name__
+    """In words: some of these have none of their own. What was no HTTP is not quoted: it may be part
+    of an answer."""
+    words = str(error)
+    if isinstance(error, httpx2.ProtocolError):
+        words = words.partition(":")[0]
+    return words or type(error).__name__

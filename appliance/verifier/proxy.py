@@ -17,8 +17,10 @@ import argparse
 import ipaddress
 import re
 import signal
+import socket
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -60,6 +62,9 @@ Address: TypeAlias = tuple[str, int]
 
 class _ClientGone(Exception):  # noqa: N818  # not an error of ours
     """The local client left, or speaks something else."""
+
+
+GONE = (_ClientGone, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 def add_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -183,7 +188,7 @@ class _Proxy:
             try:
                 while await self._exchange(connection):
                     connection.next()
-            except (_ClientGone, trio.BrokenResourceError, trio.ClosedResourceError):
+            except GONE:
                 return
 
     async def _exchange(self, connection: _Connection) -> bool:
@@ -203,10 +208,24 @@ class _Proxy:
             return await self._forward(connection, head, body)
 
     async def _forward(self, connection: _Connection, head: h11.Request, body: bytes) -> bool:
+        """Given up where the client leaves meanwhile, so that the appliance ends its generation."""
+        another = False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.cancel_when_gone, nursery.cancel_scope)
+            with suppress(*GONE):
+                another = await self._answer(connection, head, body)
+            nursery.cancel_scope.cancel()
+        return another
+
+    async def _answer(self, connection: _Connection, head: h11.Request, body: bytes) -> bool:
         path = head.target.decode("ascii")
-        request = self._client.build_request(
-            head.method.decode("ascii"), path, content=body or None, headers=self._onward(head)
-        )
+        try:
+            request = self._client.build_request(
+                head.method.decode("ascii"), path, content=body or None, headers=self._onward(head)
+            )
+        except httpx2.InvalidURL:
+            await connection.whole(400, _error("invalid_request", "expected a path"))
+            return True
         try:
             response = await self._client.send(request, stream=True)
         except (ApplianceError, httpx2.RequestError) as error:
@@ -220,7 +239,8 @@ class _Proxy:
             except (ApplianceError, httpx2.RequestError) as error:
                 problem = self._refused(error, path)
                 if streams(response):
-                    await connection.part(b"data: " + problem + b"\n\n")
+                    # What was handed on may end between an event's line and its blank one.
+                    await connection.part(b"\n\ndata: " + problem + b"\n\n")
                 return False  # and no end: what came is not an answer
             await connection.end()
             return True
@@ -228,14 +248,16 @@ class _Proxy:
             with trio.move_on_after(CONNECT_S, shield=True):
                 await response.aclose()
 
-    def _onward(self, head: h11.Request) -> list[tuple[str, str]]:
+    def _onward(self, head: h11.Request) -> list[tuple[bytes, bytes]]:
+        """As bytes: what a client says of itself needs not be ASCII."""
         replaced = DROPPED | {name.lower() for name in self._headers}
         kept = [
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in head.headers
-            if name.decode("latin-1") not in replaced
+            (name, value) for name, value in head.headers if name.decode("ascii") not in replaced
         ]
-        return [*kept, *self._headers.items()]
+        own = [
+            (name.encode("ascii"), value.encode("ascii")) for name, value in self._headers.items()
+        ]
+        return [*kept, *own]
 
     def _refused(self, error: Exception, path: str) -> bytes:
         """Said on standard error, and as the client is told."""
@@ -276,6 +298,13 @@ class _Connection:
             body += event.data
             if len(body) > MAX_CONTENT_BYTES:
                 return None
+
+    async def cancel_when_gone(self, scope: trio.CancelScope) -> None:
+        """Watch for the client's end of the connection, without taking what it sends on."""
+        with suppress(OSError):  # such as a reset
+            if await self._stream.socket.recv(1, socket.MSG_PEEK):
+                return  # the next request; of one that pipelines, writing shows when it has left
+        scope.cancel()
 
     async def whole(self, status: int, body: bytes) -> None:
         """An answer of our own."""
@@ -331,7 +360,7 @@ def _refusal(head: h11.Request, body: bytes | None) -> tuple[int, bytes] | None:
         return 505, _error("http_version", "expected HTTP/1.1")
     if any(name == b"origin" for name, _ in head.headers):
         return 403, _error("origin_refused", "web pages may not ask in your name")
-    if not re.fullmatch(rb"/[!-~]*", head.target):
+    if not re.fullmatch(rb"/(?!/)[!-~]*", head.target):  # behind two slashes would be a host
         return 400, _error("invalid_request", "expected a path")
     if body is None:
         return 413, _error("request_too_large", f"expected at most {MAX_CONTENT_BYTES} bytes")

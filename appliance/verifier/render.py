@@ -66,6 +66,16 @@ SHOWN: dict[str, tuple[str, ...]] = {
         "workload_digest",
         "output_digest",
     ),
+    "checkpoint": (
+        "receipt_id",
+        "seq",
+        "final",
+        "proven_bytes",
+        "received_bytes",
+        "request_hash",
+        "prefix_hash",
+        "output_digest",
+    ),
     "nvidia_gpu": (
         "hwmodel",
         "driver_version",

@@ -17,7 +17,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import httpx2
@@ -86,9 +86,7 @@ class PinnedContext(ssl.SSLContext):
     def to(cls, *spki_sha256: bytes) -> PinnedContext:
         """Args: spki_sha256: 32 bytes each, of the keys' SubjectPublicKeyInfo."""
         context = cls(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE  # this key, whichever certificate holds it
+        _without_authorities(context)  # this key, whichever certificate holds it
         context.sslobject_class = _PinnedObject
         context.sslsocket_class = _PinnedSocket
         context.pins = frozenset(spki_sha256)
@@ -121,21 +119,26 @@ class _PinnedSocket(_Socket):
     def do_handshake(self, block: bool = False) -> None:
         super().do_handshake(block)
         assert isinstance(self.context, PinnedContext)
-        try:
+        with ExitStack() as refused:
+            refused.callback(self.close)  # nobody above has it yet
             self.context.check(self.getpeercert(binary_form=True))
-        except BaseException:
-            self.close()  # nobody above has it yet
-            raise
+            refused.pop_all()
 
 
 def any_key() -> ssl.SSLContext:
     """TLS with whoever answers: whose key it is, the report says that comes over it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _without_authorities(context)
+    context.sslsocket_class = _Socket
+    return context
+
+
+def _without_authorities(context: ssl.SSLContext) -> None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    context.sslsocket_class = _Socket
-    return context
+    # The key is looked at once per connection, so it must stay what it is.
+    context.options |= ssl.OP_NO_RENEGOTIATION
 
 
 def spki_of_response(response: httpx2.Response) -> bytes:

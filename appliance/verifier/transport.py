@@ -21,7 +21,8 @@ from __future__ import annotations
 import datetime
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,16 +171,15 @@ class VerifiedTransport(httpx2.BaseTransport):
             # again, or somebody stands between: steps 1 to 9 say which.
             session = self._verified(but=session)
             head = _send(session, sent, until)
-        try:
+        with ExitStack() as refused:
+            refused.callback(head.close)
             if self._party.is_news(head, session.verified):
                 session = self._verified(but=session)
-                if self._party.is_news(head, session.verified):
-                    raise self._party.still_news(head, session.verified)  # noqa: TRY301
+                self._party.require_keyset(head, session.verified)
             self._party.check_head(head, sent)
-            return self._answer(_Answer(self._party, session, sent, head, until))
-        except BaseException:
-            head.close()
-            raise
+            response = self._answer(_Answer(self._party, session, sent, head, until))
+            refused.pop_all()  # from here on whoever reads it closes it
+        return response
 
     def _answer(self, answer: _Answer) -> httpx2.Response:
         head = answer.head
@@ -355,16 +355,15 @@ class AsyncVerifiedTransport(httpx2.AsyncBaseTransport):
             # Another key than the verified ones, and nothing was sent: as above.
             session = await self.verify(but=session)
             head = await _send_async(session, sent, until)
-        try:
+        async with AsyncExitStack() as refused:
+            refused.push_async_callback(_close, head.aclose)
             if self._party.is_news(head, session.verified):
                 session = await self.verify(but=session)
-                if self._party.is_news(head, session.verified):
-                    raise self._party.still_news(head, session.verified)  # noqa: TRY301
+                self._party.require_keyset(head, session.verified)
             self._party.check_head(head, sent)
-            return await self._answer(_AsyncAnswer(self._party, session, sent, head, until))
-        except BaseException:
-            await _close(head)
-            raise
+            response = await self._answer(_AsyncAnswer(self._party, session, sent, head, until))
+            refused.pop_all()  # from here on whoever reads it closes it
+        return response
 
     async def _answer(self, answer: _AsyncAnswer) -> httpx2.Response:
         head = answer.head
@@ -375,7 +374,7 @@ class AsyncVerifiedTransport(httpx2.AsyncBaseTransport):
         content = Content() if head.is_success else Content(max_bytes=MAX_REFUSAL_BYTES)
         while (part := await answer.next_part()) is not None:
             content.add(part)
-        await head.aclose()
+        await answer.close()
         # Step 10, before the caller sees any of it.
         await answer.prove(content)
         return _response(head, httpx2.ByteStream(content.all()))
@@ -393,14 +392,15 @@ class AsyncVerifiedTransport(httpx2.AsyncBaseTransport):
             else:
                 pinned = pinned_client(self.url, verified.pins, read_s=READ_S)
                 renewed = _AsyncSession(verified, pinned)
-                await self._retire(session)
             self._session = renewed
+            if session is not None and session.client is not renewed.client:
+                await self._retire(session.client)
             return renewed
 
-    async def _retire(self, session: _AsyncSession | None) -> None:
-        retired, self._retired = self._retired, None if session is None else session.client
+    async def _retire(self, client: httpx2.AsyncClient) -> None:
+        retired, self._retired = self._retired, client
         if retired is not None:
-            await retired.aclose()
+            await _close(retired.aclose)
 
     def _holds(self, session: _AsyncSession) -> bool:
         return session.verified.holds(self._party.clock())
@@ -411,7 +411,7 @@ class AsyncVerifiedTransport(httpx2.AsyncBaseTransport):
         self._session, self._retired = None, None
         for client in (retired, session.client if session else None):
             if client is not None:
-                await client.aclose()
+                await _close(client.aclose)
 
 
 async def _send_async(session: _AsyncSession, sent: Outgoing, until: float) -> httpx2.Response:
@@ -422,10 +422,10 @@ async def _send_async(session: _AsyncSession, sent: Outgoing, until: float) -> h
         raise _too_slow() from None
 
 
-async def _close(head: httpx2.Response) -> None:
+async def _close(closing: Callable[[], Awaitable[None]]) -> None:
     """Also where we are cancelled: what is left of a connection is not waited for."""
     with anyio.move_on_after(CONNECT_S, shield=True):
-        await head.aclose()
+        await closing()
 
 
 class _AsyncAnswer:
@@ -461,8 +461,8 @@ class _AsyncAnswer:
         return await fetch(client, proof, headers=self._sent.credential)
 
     async def close(self) -> None:
-        await self._parts.aclose()
-        await self.head.aclose()
+        await _close(self._parts.aclose)
+        await _close(self.head.aclose)
 
 
 class _AsyncBounded(httpx2.AsyncByteStream):

@@ -148,10 +148,16 @@ class RelyingParty:
             raise Unbound(f"X-ACI-Keyset-Digest: {error.message}") from None
         return digest != verified.keyset_digest
 
-    def still_news(self, head: httpx2.Response, verified: Verified) -> Unbound:
-        """Why a response is refused whose keyset is not the one that was verified upon it."""
-        expected, got = format_sha256(verified.keyset_digest), head.headers["X-ACI-Keyset-Digest"]
-        return Unbound(f"X-ACI-Keyset-Digest: expected {expected}, got {got[:80]}")
+    def require_keyset(self, head: httpx2.Response, verified: Verified) -> None:
+        """Hold a response to the keyset that was verified upon it.
+
+        Raises:
+            Unbound: it names another.
+        """
+        if self.is_news(head, verified):
+            expected = format_sha256(verified.keyset_digest)
+            got = head.headers["X-ACI-Keyset-Digest"]
+            raise Unbound(f"X-ACI-Keyset-Digest: expected {expected}, got {got[:80]}")
 
     # ---------------------------------------------------------------------------- each request
 
@@ -200,11 +206,13 @@ class RelyingParty:
         """What cannot be an answer is refused before a byte of it is handed on.
 
         Raises:
-            VerificationIncomplete: it has no receipt, is compressed, or sends us elsewhere.
+            VerificationIncomplete: it has no receipt, is compressed, or is neither an answer nor a
+                refusal, such as what sends us elsewhere or to another protocol.
         """
         if head.headers.get("Content-Encoding", "identity") != "identity":
             raise VerificationIncomplete("expected an answer as it was written, got a coded one")
-        if head.is_redirect:
+        answers = head.status_code == httpx2.codes.OK if sent.needs_receipt else head.is_success
+        if not (answers or head.is_error):
             raise VerificationIncomplete(f"expected an answer, got HTTP {head.status_code}")
         if sent.needs_receipt and head.is_success and not is_receipt_id(receipt_id_of(head)):
             raise VerificationIncomplete("expected an answer with a receipt (X-Receipt-Id)")
@@ -272,9 +280,17 @@ class HeldBack:
 
     Clients stop reading at `data: [DONE]` and take what they have for the answer, so that line and
     what follows it is not handed on before. Nothing else is delayed: an event ends with its line.
+    No more is held before that line than the last line, which is unfinished.
+
+    What ends a line differs between clients. Some go beyond server-sent events (section 9.2.5: LF,
+    CR) and end one at all that Python or Unicode call a line's end, and strip a byte order mark. So
+    what any of them would read as the end is held; inside a line the same words are text.
     """
 
-    DONE = re.compile(rb"data:[ \t]*\[DONE\]")
+    DONE = re.compile(
+        rb"(?:\A|[\n\r\v\f\x1c-\x1e]|\xc2\x85|\xe2\x80[\xa8\xa9])"
+        rb"(?P<end>(?:\xef\xbb\xbf)?data:[ \t]*\[DONE\])"
+    )
 
     def __init__(self) -> None:
         self._line = bytearray()
@@ -289,7 +305,7 @@ class HeldBack:
         found = self.DONE.search(self._line, 0, whole)
         if found is not None:
             self._done = True
-            whole = self._line.rfind(b"\n", 0, found.start()) + 1
+            whole = self._line.rfind(b"\n", 0, found.start("end")) + 1
         ready = bytes(self._line[:whole])
         del self._line[:whole]
         return ready

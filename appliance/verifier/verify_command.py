@@ -26,6 +26,7 @@ WORD_OF = {
     "--at": "you",
     "bundle": "whoever made the bundle",
     "receipt": "the appliance",
+    "checkpoint": "the appliance",
 }
 """Who says what time it is, by `at.source`: a signature proves nothing about a clock."""
 
@@ -81,7 +82,15 @@ def time_of(bundle: Bundle) -> datetime.datetime:
         Malformed: it names a time that no calendar has.
     """
     exchange = bundle.exchange
-    seconds = bundle.fetched_at if exchange is None else exchange.receipt.served_at
+    return time_at(bundle.fetched_at if exchange is None else exchange.receipt.served_at)
+
+
+def time_at(seconds: int) -> datetime.datetime:
+    """Of Unix seconds that somebody else wrote.
+
+    Raises:
+        Malformed: it is a time that no calendar has.
+    """
     try:
         return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
     except (OverflowError, ValueError, OSError):
@@ -102,10 +111,20 @@ def outcome_of(bundle: Bundle, rules: Rules, *, at: datetime.datetime, source: s
     Raises:
         Malformed, Unauthentic, Revoked, Stale, Unbound: it does not hold.
     """
-    result = check(bundle, rules, at=at)
+    return outcome_of_result(check(bundle, rules, at=at), bundle.url, at=at, source=source)
+
+
+def outcome_of_result(
+    result: AttestationResult, url: str, *, at: datetime.datetime, source: str
+) -> Outcome:
+    """What was found, and as of when and by whose clock.
+
+    Args:
+        source: one of `WORD_OF`.
+    """
     told: JsonObject = {
         "scheme": "appliance",
-        "url": bundle.url,
+        "url": url,
         "at": {
             "time": f"{at:%Y-%m-%dT%H:%M:%SZ}",
             "source": source,

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import base64
+import datetime
 import hashlib
 import json
+import os
 import socket
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+import trio
 from openai.types.chat import ChatCompletionMessageParam
 from serve import MODEL_ID
 
+from appliance.verifier.answers import Answered, collect_exchange
+from appliance.verifier.check import fetch
+from appliance.verifier.session import pinned_client
 from tests.engine.conftest import RealAppliance
 
 pytestmark = pytest.mark.engine
@@ -23,6 +34,9 @@ QUESTION: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "What is the capital of France?"}
 ]
 STORY: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Tell me a story."}]
+EXIT_WARNING = 3
+"""Of `dcv verify` and `dcv replay`: simulated hardware is never more."""
+
 CANARY = "xylograph-quixotry-7781"
 
 
@@ -67,6 +81,117 @@ def test_a_whole_answer_and_a_streamed_one_have_one_output_digest(real: RealAppl
             assert events["dcv.engine"]["deterministic"] is True
             digests.append(events["dcv.output"]["output_digest"])
     assert digests[0] == digests[1] is not None
+
+
+class Recording(httpx2.BaseTransport):
+    """Hands on what goes through it, and keeps the content bytes of both ways."""
+
+    def __init__(self, inner: httpx2.BaseTransport) -> None:
+        self.inner = inner
+        self.request, self.response = b"", b""
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.request, self.response = request.read(), b""
+        answer = self.inner.handle_request(request)
+        assert isinstance(answer.stream, httpx2.SyncByteStream)
+        return httpx2.Response(
+            answer.status_code,
+            headers=answer.headers,
+            stream=Kept(self, answer.stream),
+            extensions=answer.extensions,
+        )
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class Kept(httpx2.SyncByteStream):
+    def __init__(self, record: Recording, parts: httpx2.SyncByteStream) -> None:
+        self.record, self.parts = record, parts
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.parts:
+            self.record.response += part
+            yield part
+
+    def close(self) -> None:
+        self.parts.close()
+
+
+async def test_a_stream_proves_itself_offline_and_is_reproduced(
+    real: RealAppliance, tmp_path: Path
+) -> None:
+    """What an auditor does: the unmodified openai package asked, and what it sent and got was
+    kept; the receipt, the epochs and the report make it a bundle, which is all that is needed."""
+    # 1. Ask, sampled, so that a replay has something to show, and for the answer's own proof.
+    recording = Recording(httpx2.HTTPTransport(verify=real.trust))
+    http = httpx2.Client(transport=recording, timeout=120)
+    with (
+        openai.OpenAI(base_url=f"{real.url}/v1", api_key="unused", http_client=http) as client,
+        client.chat.completions.create(
+            model=MODEL_ID,
+            messages=STORY,
+            temperature=1,
+            max_tokens=32,
+            stream=True,
+            extra_body={"tee": True},
+        ) as stream,
+    ):
+        last = list(stream)[-1]
+    assert last.model_extra is not None
+    assert last.model_extra["attestation"]["verified"] is True
+    # 2. Keep what proves it.
+    receipt_id = last.model_extra["dcv"]["receipt_id"]
+    bundle = await fetch(real.url, os.urandom(32), now=datetime.datetime.now(datetime.UTC))
+    assert bundle.spki_sha256 is not None
+    async with pinned_client(real.url, (bundle.spki_sha256,), read_s=120) as relying:
+        answered = Answered(receipt_id, None, recording.response)
+        bundle = await collect_exchange(relying, bundle, answered, recording.request)
+    path = tmp_path / "bundle.json"
+    path.write_bytes(bundle.to_bytes())
+    # 3. Verify it offline: it is as good as simulated hardware can be.
+    verdict = await told("verify", str(path), real)
+    assert (verdict.status, verdict.told["verdict"]) == (EXIT_WARNING, "warning")
+    receipt = verdict.told["claims"]["submods"]["receipt"]
+    assert (receipt["outcome"], receipt["checkpoints"]) == ("complete", 1)
+    assert "completion GPU-0" in receipt["submods"]
+    assert not [one for one in verdict.told["findings"] if one["check"].startswith("receipt.")]
+    # 4. Have it answered again.
+    replayed = await told("replay", str(path), real, "--against", real.url)
+    assert (replayed.status, replayed.told["result"]) == (EXIT_WARNING, "reproduced")
+    # 5. A byte of the answer that differs is noticed.
+    document = json.loads(path.read_text())
+    document["response_b64"] = base64.b64encode(recording.response.replace(b"a", b"e", 1)).decode()
+    path.write_text(json.dumps(document))
+    verdict = await told("verify", str(path), real)
+    assert (verdict.status, verdict.told["error"]["code"]) == (1, "unbound")
+
+
+@dataclass
+class Told:
+    status: int
+    told: dict[str, Any]
+
+
+async def told(command: str, bundle: str, real: RealAppliance, *more: str) -> Told:
+    policy = str(real.folder / "policy.toml")
+    with trio.fail_after(300):
+        done = await trio.run_process(
+            [
+                sys.executable,
+                "-m",
+                "appliance",
+                command,
+                bundle,
+                "--policy",
+                policy,
+                "--json",
+                *more,
+            ],
+            capture_stdout=True,
+            check=False,
+        )
+    return Told(done.returncode, json.loads(done.stdout))
 
 
 async def test_the_asynchronous_client_works_too(real: RealAppliance) -> None:

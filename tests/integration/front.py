@@ -31,6 +31,9 @@ class Answer:
         clean: whether the body ends as HTTP has it.
         pause_s: before each byte of the body.
         hangs: whether nothing more comes after the body, not even its end.
+        raw: what is written in place of all of it, byte for byte; the connection stays open behind
+            it where it is `clean`.
+        endless: what is written behind `raw` for ever.
     """
 
     status: int
@@ -39,6 +42,8 @@ class Answer:
     clean: bool = True
     pause_s: float = 0.0
     hangs: bool = False
+    raw: bytes | None = None
+    endless: bytes = b""
 
     def saying(self, body: bytes) -> Answer:
         return replace(self, body=body)
@@ -138,7 +143,10 @@ async def _converse(
         told = it.lie(path, Answer(truth.status_code, kept, content))
         if not await _tell(http, tls.send_all, told):
             return
-        http.start_next_cycle()
+        if told.raw is None:
+            http.start_next_cycle()
+        else:
+            http = h11.Connection(h11.SERVER)  # which knows of nothing that was written
 
 
 async def _request(
@@ -163,6 +171,11 @@ async def _tell(
     http: h11.Connection, send: Callable[[bytes], Awaitable[None]], told: Answer
 ) -> bool:
     """Chunked, and whether there is more to come on this connection."""
+    if told.raw is not None:
+        await send(told.raw)
+        while told.endless:
+            await send(told.endless)
+        return told.clean
     headers = [*told.headers.items(), ("transfer-encoding", "chunked")]
     await send(http.send(h11.Response(status_code=told.status, headers=headers)) or b"")
     parts = (

@@ -327,6 +327,11 @@ def without_end(answer: Answer) -> Answer:
     return answer.saying(answer.body.replace(b"data: [DONE]\n\n", b""))
 
 
+def ending(end: bytes) -> Lie:
+    """`data: [DONE]` and the blank line replaced."""
+    return of_answers(lambda one: one.saying(one.body.removesuffix(b"data: [DONE]\n\n") + end))
+
+
 def other_model(answer: Answer) -> Answer:
     document = json.loads(answer.body) | {"model": "another"}
     return answer.saying(json.dumps(document).encode())
@@ -337,6 +342,10 @@ STREAM_LIES: dict[str, tuple[Lie, type[ApplianceError]]] = {
     "events change places": (of_answers(reordered), Unbound),
     "an event is there twice": (of_answers(injected), Unbound),
     "the end is missing": (of_answers(without_end), Unbound),
+    "the end is there twice": (ending(b"data: [DONE]\n\n" * 2), Unbound),
+    "more comes behind the end": (ending(b'data: [DONE]\n\ndata: {"choices":[]}\n\n'), Unbound),
+    "the end is spelled otherwise": (ending(b"data:[DONE]\r\n\r\n"), Unbound),
+    "the end is one for some clients": (ending(b"data: x\xe2\x80\xa8data: [DONE]\n\n"), Unbound),
     "a byte differs": (of_answers(lambda one: changed(one, b"stand-in", b"stand-on")), Unbound),
     "a comment is added": (of_answers(lambda one: one.saying(b": hi\n\n" + one.body)), Unbound),
     "a receipt is forged": (of_receipts(other_model), Unauthentic),

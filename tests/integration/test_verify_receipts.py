@@ -4,6 +4,8 @@ TLS, and real people in between."""
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import ssl
 import sys
@@ -166,6 +168,59 @@ async def test_an_answer_that_breaks_off_is_told_and_its_receipt_says_so(
     assert done.status == 3, done.err
     assert "warning: engine_failed" in done.err
     assert "receipt.outcome" in done.err
+
+
+async def test_an_answer_that_takes_too_long_is_given_up_and_not_taken_for_checked(
+    appliance: RunningAppliance, tmp_path: Path
+) -> None:
+    done = await chat(appliance.url, tmp_path, "--within", "2", "[[mode:hang_stream:3]] Go on")
+    assert done.status == 2, done.err
+    found = re.search(r"within\s+2\s+s;\s+its\s+receipt\s+is\s+(\w{32})", done.err)
+    assert found is not None, done.err
+    assert done.out  # what came of it was shown
+    async with appliance.client() as client:
+        with trio.fail_after(60):
+            while (receipt := await client.get(f"/v1/aci/receipts/{found[1]}")).status_code == 404:
+                await trio.sleep(0.05)
+    [ended] = [one for one in receipt.json()["event_log"] if one["type"] == "dcv.ended"]
+    assert ended["outcome"] == "client_disconnected"
+    refused = await chat(appliance.url, tmp_path, "--within", "soon", PROMPT)
+    assert refused.status == 2
+    assert "expected seconds" in refused.err
+
+
+async def test_on_a_terminal_it_is_said_what_is_waited_for(
+    appliance: RunningAppliance, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "appliance", "chat", appliance.url, PROMPT]
+    command += ["--policy", str(policy(tmp_path))]
+    ours, its = os.openpty()
+    read = bytearray()
+
+    def watch() -> None:
+        with suppress(OSError):  # the terminal's other end was closed
+            while part := os.read(ours, 4096):
+                read.extend(part)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, watch)
+            try:
+                done = await trio.run_process(
+                    command,
+                    capture_stdout=True,
+                    stderr=its,
+                    env=os.environ | {"TERM": "xterm", "COLUMNS": "200"},
+                    check=False,
+                )
+            finally:
+                os.close(its)
+    os.close(ours)
+    said = read.decode()
+    assert done.returncode == 3
+    assert f"verifying {appliance.url}" in said
+    assert "warning: complete" in said
+    assert b"verifying" not in done.stdout
 
 
 # ------------------------------------------------------------------------------- who is in between
