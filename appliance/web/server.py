@@ -55,6 +55,7 @@ from appliance.web.http1 import Http1Protocol
 from appliance.web.http2 import MAX_STREAMS, Http2Protocol
 from appliance.web.peers import site_of
 from appliance.web.stream import UncleanEnd
+from appliance.web.tls import TlsStream
 
 BACKLOG = 1024
 
@@ -67,6 +68,9 @@ READ_BYTES = 1 << 16
 WRITE_BYTES = 1 << 16
 """The write deadline counts for so much at a time: a long answer may take long, a stalled one may
 not, and a client has to read 3 KiB a second with the default of 20 s."""
+
+READING_TURNS = 4
+"""For the reading task: to see that there is something, to read it, and as many to hand it on."""
 
 FLUSH_S = 2.0
 """For the last bytes of ended connections, and for a TLS goodbye, to leave our buffers."""
@@ -273,8 +277,10 @@ class Connection:
         self._service = service
         self._limits = service.connections.limits
         self._log = service.connections.log
-        self._transport = transport
-        self._tls = trio.SSLStream[trio.SocketStream](transport, service.tls, server_side=True)
+        # Ours from here on: Trio's object knows it no more, and would close it with itself.
+        self._socket = socket.socket(fileno=transport.socket.detach())
+        self._socket.setblocking(False)
+        self._tls = TlsStream(self._socket, service.tls)
         self._write_lock = trio.Lock()
         self._reading = trio.CancelScope()
         self._idle = True
@@ -288,7 +294,7 @@ class Connection:
     async def run(self) -> None:
         """Serve the connection to its end and close it."""
         connections = self._service.connections
-        peer = self._transport.socket
+        peer = self._socket
         try:
             client = parse_socket_addr(peer.family, peer.getpeername())
             server = parse_socket_addr(peer.family, peer.getsockname())
@@ -297,11 +303,11 @@ class Connection:
             unacknowledged_ms = round((self._limits.write_s + FLUSH_S) * 1000)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged_ms)
         except OSError:  # reset between accept and here
-            peer.close()
+            self._tls.close()
             return
         site = site_of(client[0]) if client else ""
         if not connections.enter(self, site):
-            peer.close()
+            self._tls.close()
             return
         try:
             await self._serve(client, server)
@@ -315,11 +321,10 @@ class Connection:
             self._contain(error)
         finally:
             connections.leave(self, site)
-            peer.close()
-            # The protocol holds us and a trio.SSLStream holds itself. Left to the garbage collector,
-            # which does not see the buffers of OpenSSL, thousands of them would pile up.
+            self._tls.close()
+            # The protocol holds us. Left to the garbage collector, which does not see the buffers
+            # of OpenSSL, thousands of them would pile up.
             vars(self).pop("protocol", None)
-            vars(self._tls).clear()
 
     def end_when_idle(self) -> None:
         """End the connection now if nothing is being served on it; else when that has ended."""
@@ -328,7 +333,7 @@ class Connection:
 
     def close_now(self) -> None:
         """Close the socket, whoever uses it."""
-        self._transport.socket.close()
+        self._tls.close()
 
     async def _serve(self, client: tuple[str, int] | None, server: tuple[str, int] | None) -> None:
         try:
@@ -385,7 +390,7 @@ class Connection:
             if self.protocol.full:
                 await trio.sleep_forever()
             try:
-                return bytes(await self._tls.receive_some(READ_BYTES))
+                return await self._tls.receive_some(READ_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return b""
         return None
@@ -416,23 +421,45 @@ class Connection:
             self._reading.deadline = self._deadline
 
     async def _write(self, data: bytes) -> None:
-        """Write, shielded (half a TLS record would break the connection for other streams) but
-        within a deadline."""
-        async with self._write_lock:
-            for start in range(0, len(data), WRITE_BYTES):
-                try:
-                    with trio.move_on_after(self._limits.write_s, shield=True) as deadline:
-                        await self._tls.send_all(data[start : start + WRITE_BYTES])
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    break
+        """Write, shielded (half of what a protocol says would break the connection for other
+        streams) but within a deadline; what the kernel takes at once needs neither."""
+        try:
+            at_once = len(data) <= WRITE_BYTES and not self.protocol.unread
+            if at_once and not self._write_lock.locked():
+                if self._tls.send_now(data):
+                    return
+                data = b""  # encrypted, in its place; what is left to do is to wait
+                self._write_lock.acquire_nowait()
+            else:
+                # Whoever comes later writes later: HTTP/2 frames must not overtake one another.
+                await self._write_lock.acquire()
+            await self._write_slowly(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._give_up()
+
+    async def _write_slowly(self, data: bytes) -> None:
+        """Write behind what is on its way already; lets go of the lock, which the caller took."""
+        try:
+            if self.protocol.unread:
+                # An answer that overtakes the end of its request's body ends the connection, which
+                # a client may have counted on, and mostly that end is there to be read.
+                for _ in range(READING_TURNS):
+                    await trio.lowlevel.cancel_shielded_checkpoint()
+            for start in range(0, max(1, len(data)), WRITE_BYTES):
+                with trio.move_on_after(self._limits.write_s, shield=True) as deadline:
+                    await self._tls.send_all(data[start : start + WRITE_BYTES])
                 if deadline.cancelled_caught:
                     self._log.info("write_timeout", after_s=self._limits.write_s)
-                    break
-            else:
-                return
-            self._peer_gone = True
-            self.close_now()
-            self._end()
+                    self._give_up()
+                    return
+        finally:
+            self._write_lock.release()
+
+    def _give_up(self) -> None:
+        """The peer does not take what we write, or is gone."""
+        self._peer_gone = True
+        self.close_now()
+        self._end()
 
     async def _close(self) -> None:
         """Say goodbye in TLS, then close.
@@ -442,17 +469,12 @@ class Connection:
         and what it sends is dropped for a while.
         """
         gone = (trio.BrokenResourceError, trio.ClosedResourceError)
-        if self._peer_gone or self._late or not self.protocol.unread:
-            with contextlib.suppress(*gone), trio.move_on_after(FLUSH_S):
-                await self._tls.aclose()
-            return
         with contextlib.suppress(*gone), trio.move_on_after(FLUSH_S):
-            await self._tls.unwrap()  # sends our goodbye, and fails if anything else comes back
-        with contextlib.suppress(OSError):
-            self._transport.socket.shutdown(socket.SHUT_WR)
+            await self._tls.goodbye()
+        if self._peer_gone or self._late or not self.protocol.unread:
+            return
         with contextlib.suppress(*gone), trio.move_on_after(LINGER_S):
-            while await self._transport.receive_some(READ_BYTES):
-                pass
+            await self._tls.drop_rest()
 
     def _contain(self, error: BaseException) -> None:
         """Log what ended the connection by type only: its text may quote what the peer sent."""

@@ -75,9 +75,9 @@ async def test_a_silent_connection_is_probed_so_that_a_vanished_peer_is_noticed(
     """While an answer is computed and nothing is written only probes can tell."""
     async with Wire.open(appliance):
         [server_end] = [
-            found._transport.socket
+            found._socket
             for found in gc.get_objects()
-            if isinstance(found, Connection) and found._transport.socket.fileno() >= 0
+            if isinstance(found, Connection) and found._socket.fileno() >= 0
         ]
 
         def option(name: int) -> int:
