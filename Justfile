@@ -62,6 +62,17 @@ docs:
 docs-check:
     {{python}} -m pytest -q tests/test_docs.py
 
+# Every number that was asked for, and the gateway beside others, in an environment of their own (minutes)
+[group('check')]
+bench: setup
+    @python3 image/development/setup.py --only bench
+    {{python}} tests/bench/run.py
+
+# The same without the other gateways, in under a minute
+[group('check')]
+bench-quick: setup
+    {{python}} tests/bench/run.py --quick
+
 # How long verification takes, beside what was asked for
 [group('check')]
 bench-verify: setup

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Table
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from appliance.endorsements.anchors import load_anchors, load_simulated_anchors
@@ -26,11 +28,11 @@ from appliance.rats.result import Tier
 from appliance.rats.schemes import nvidia_gpu
 from appliance.wire.evidence import CpuEvidence, GpuEvidence
 from appliance.wire.report import parse_report
+from tests.bench.results import Bound, Number, console, missed, percentile
 from tests.bench.simulated_report import AT, NONCE, POLICY, SPKI, simulated_report
 from tests.vectors.case import anchors_of, cpu_evidence, gpu_evidence, load
 from tests.vectors_dir import VECTORS
 
-ROW_S = 1.0
 LEAST = 30
 H100 = VECTORS / "nvidia" / "h100_595.71.05"
 SNP = VECTORS / "snp"
@@ -162,37 +164,46 @@ def report_rows() -> Iterator[Row]:
         yield Row(f"{name}, cold", "simulated", cold)
 
 
-def measure(run: Callable[[], object]) -> list[float]:
-    """Milliseconds of each run, sorted; the first ones do not count."""
+def measure(run: Callable[[], object], seconds: float) -> list[float]:
+    """Milliseconds of each run; the first ones do not count."""
     for _ in range(5):
         run()
     gc.collect()
     times: list[float] = []
-    end = time.perf_counter() + ROW_S
+    end = time.perf_counter() + seconds
     while len(times) < LEAST or time.perf_counter() < end:
         begun = time.perf_counter()
         run()
         times.append(1000 * (time.perf_counter() - begun))
-    return sorted(times)
+    return times
+
+
+def measure_all(*, seconds: float) -> list[Number]:
+    """Every row, measured for so long; prints the table."""
+    table = Table(title="Verification, one thread", title_justify="left", title_style="bold")
+    for heading in ("", "evidence"):
+        table.add_column(heading)
+    for heading in ("runs", "median", "p95", "at most"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    numbers = list[Number]()
+    for row in (*gpu_rows(), *cpu_rows(), *report_rows()):
+        console.print(f"verification: {row.name}", style="dim")
+        times = measure(row.run, seconds)
+        bound = None if row.asked is None else Bound(row.asked)
+        number = Number(row.name, statistics.median(times), "ms", bound, digits=2)
+        numbers.append(number)
+        name, median, asked, remark = number.cells()
+        late = f"{percentile(times, 95):.2f} ms"
+        table.add_row(name, row.source, str(len(times)), median, late, asked, remark)
+    console.print(table)
+    return numbers
 
 
 def main() -> int:
-    """Print the table."""
+    """Print the table; the exit status."""
     warnings.simplefilter("error")
-    print(f"{'':34} {'source':10} {'runs':>6} {'median':>9} {'p95':>9} {'asked':>7}")
-    missed = 0
-    for row in (*gpu_rows(), *cpu_rows(), *report_rows()):
-        times = measure(row.run)
-        median, late = statistics.median(times), times[int(len(times) * 0.95)]
-        asked = "" if row.asked is None else f"{row.asked:.0f} ms"
-        is_missed = row.asked is not None and median > row.asked
-        missed += is_missed
-        print(
-            f"{row.name:34} {row.source:10} {len(times):6} {median:6.2f} ms {late:6.2f} ms "
-            f"{asked:>7}{'  MISSED' if is_missed else ''}",
-            flush=True,
-        )
-    return 1 if missed else 0
+    return 1 if missed(measure_all(seconds=1.0)) else 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ LOCKS: Final = ROOT / "image" / "locks"
 PYPROJECT: Final = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NAMES: Final = (
     "appliance",
+    "bench",
     "dev",
     "engine-cpu",
     "engine-gpu",
@@ -113,8 +114,9 @@ def test_the_sdk_is_the_one_that_pyproject_names_exactly() -> None:
     [
         (("appliance",), PYPROJECT["project"]["dependencies"]),
         (("appliance", "dev"), PYPROJECT["dependency-groups"]["dev"]),
+        (("bench",), PYPROJECT["dependency-groups"]["bench"]),
     ],
-    ids=["appliance", "dev"],
+    ids=["appliance", "dev", "bench"],
 )
 def test_every_direct_requirement_is_locked(locks: tuple[str, ...], wanted: list[str]) -> None:
     locked = {project for lock in locks for project in _pins(lock)}

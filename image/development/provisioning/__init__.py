@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from paths import LAYOUT, Layout
 
-from provisioning.environments import APPLIANCE, NVIDIA_SDK, engine, ensure_environment
+from provisioning.environments import APPLIANCE, BENCH, NVIDIA_SDK, engine, ensure_environment
 from provisioning.errors import SetupError
 from provisioning.machine import exclusively, has_nvidia_gpu
 from provisioning.model import ensure_model
@@ -68,7 +68,8 @@ def _wanted(only: list[str] | None) -> list[str]:
     if only:
         return [name for name in PARTS if name in only]
     # On a GPU the development config names a model of its own: the embedded one is a CPU's.
-    return [name for name in PARTS if name != "model" or not has_nvidia_gpu()]
+    left_out = ON_REQUEST | ({"model"} if has_nvidia_gpu() else set())
+    return [name for name in PARTS if name not in left_out]
 
 
 def _set_up_appliance(layout: Layout, reporter: Reporter) -> None:
@@ -83,12 +84,20 @@ def _set_up_nvidia_sdk(layout: Layout, reporter: Reporter) -> None:
     ensure_environment(NVIDIA_SDK, layout, reporter)
 
 
+def _set_up_bench(layout: Layout, reporter: Reporter) -> None:
+    ensure_environment(BENCH, layout, reporter)
+
+
 PARTS: dict[str, Part] = {
     "appliance": _set_up_appliance,
     "engine": _set_up_engine,
     "nvidia-sdk": _set_up_nvidia_sdk,
     "model": ensure_model,
+    "bench": _set_up_bench,
 }
+
+ON_REQUEST = frozenset({"bench"})
+"""What nobody needs who does not ask for it by name."""
 
 
 def _set_up(parts: list[str], reporter: Reporter) -> None:

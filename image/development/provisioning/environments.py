@@ -71,6 +71,8 @@ NVIDIA_SDK = Environment(
     "nvidia-sdk", ".nvidia-sdk", (Variant(("nvidia-sdk",), needs_bytes=GB // 2),)
 )
 
+BENCH = Environment("bench", ".bench", (Variant(("bench",), needs_bytes=GB // 4),))
+
 _ENGINE_CPU = Environment(
     "engine",
     ".engine",
