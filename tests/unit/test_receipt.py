@@ -465,17 +465,37 @@ options = st.fixed_dictionaries(
 )
 
 
-@given(st.sampled_from(Endpoint), options, prompts, st.booleans())
+conversations = st.just([{"role": "user", "content": "CANARY"}])
+inputs = st.text(min_size=1, max_size=8) | st.lists(
+    st.text(min_size=1, max_size=8), min_size=1, max_size=3
+)
+contents: dict[Endpoint, st.SearchStrategy[dict[str, Any]]] = {
+    Endpoint.CHAT: st.builds(
+        lambda messages, keys: {"messages": messages} | keys, conversations, options
+    ),
+    Endpoint.COMPLETION: st.builds(
+        lambda prompt, keys: {"prompt": prompt} | keys, prompts, options
+    ),
+    Endpoint.EMBEDDINGS: st.fixed_dictionaries(
+        {"input": inputs},
+        optional={
+            "encoding_format": st.sampled_from([None, "float", "base64"]),
+            "user": st.text(max_size=3),
+            "tee": st.none() | st.booleans(),
+            "provider": st.sampled_from([None, {"aci_verified": True}]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("endpoint", Endpoint)
+@given(data=st.data(), spaced=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_forwarded_bytes_are_recomputed_from_the_wire_body_and_the_receipt(
-    endpoint: Endpoint, keys: dict[str, JsonValue], prompt: Any, spaced: bool
+    endpoint: Endpoint, data: st.DataObject, spaced: bool
 ) -> None:
-    content = (
-        {"prompt": prompt}
-        if endpoint is Endpoint.COMPLETION
-        else {"messages": [{"role": "user", "content": "CANARY"}]}
-    )
-    raw = json.dumps({**content, **keys, "model": "m"}, indent=1 if spaced else None).encode()
+    content = data.draw(contents[endpoint])
+    raw = json.dumps({**content, "model": "m"}, indent=1 if spaced else None).encode()
     body = parse_json_object(raw, max_nesting=64)
     plans = plan_choices(
         parse_request(endpoint, body),
