@@ -269,7 +269,9 @@ def test_an_argument_added_to_the_command_line_is_named(tmp_path: Path) -> None:
         cmdline = machine.facts()["cmdline"]
     assert cmdline.endswith(" dcv.extra=1")
     assert status == 1
-    assert set(contraindicated(document)) == {"tpm2.pcr12"}
+    found = contraindicated(document)
+    assert set(found) == {"tpm2.pcr12"}
+    assert found["tpm2.pcr12"]["got"].endswith(", which is 'dcv.extra=1'")
 
 
 def test_three_refused_boots_end_in_a_failed_unit_that_says_why(tmp_path: Path) -> None:

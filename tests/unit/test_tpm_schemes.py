@@ -43,6 +43,7 @@ AZURE = VECTORS / "azure"
 FILES = sorted(AZURE.glob("*.json"))
 VECTORS_AT = datetime.datetime(2026, 11, 23, tzinfo=datetime.UTC)
 NONCE = b"n" * 32
+EV_IPL = 0x0D
 BOOT = Firmware().boot()
 BOOTED = {pcr: bytes(32) for pcr in range(16)} | replay(parse_event_log(BOOT.log))
 
@@ -372,6 +373,51 @@ def test_another_image_is_refused(pcrs: dict[int, bytes], check: str) -> None:
     claims = authentic(tpm_evidence(pcrs=pcrs))
     result = appraise_tpm2(claims, Policy(), reference=reference, report_data=NONCE)
     assert checks(result)[check] is Tier.CONTRAINDICATED
+
+
+def overridden(*measured: bytes, forge: bool = False) -> TpmClaims:
+    """Of a machine whose image was given these beside itself."""
+    firmware = Firmware().boot()
+    for data in measured:
+        firmware.measure(12, data, EV_IPL)
+    log, pcrs = firmware.log, dict(BOOTED)
+    pcrs.update(replay(parse_event_log(log)))
+    if forge:
+        log = log.replace(measured[0], bytes(len(measured[0])))
+    return authentic(tpm_evidence(pcrs=pcrs, log=log))
+
+
+def said_of_pcr12(claims: TpmClaims) -> str:
+    reference = {f"pcr{pcr}": frozenset({BOOTED[pcr].hex()}) for pcr in (4, 7, 11)}
+    result = appraise_tpm2(claims, Policy(), reference=reference, report_data=NONCE)
+    (finding,) = [one for one in result.all_findings() if one.check == "tpm2.pcr12"]
+    assert finding.tier is Tier.CONTRAINDICATED
+    return finding.got.removeprefix(claims.measurements["pcr12"])
+
+
+def test_an_argument_that_was_added_is_named() -> None:
+    argument = "dcv.extra=1\0".encode("utf-16-le")
+    assert said_of_pcr12(overridden(argument)) == ", which is 'dcv.extra=1'"
+    both = overridden(argument, b"odd")
+    assert said_of_pcr12(both) == ", which is 'dcv.extra=1', EV_IPL"
+
+
+def test_text_that_was_not_extended_is_not_told() -> None:
+    argument = "dcv.extra=1\0".encode("utf-16-le")
+    assert said_of_pcr12(overridden(argument, forge=True)) == ", which is EV_IPL"
+
+
+def test_what_was_added_is_told_in_bounds_and_without_control_characters() -> None:
+    claims = overridden(*["\n\x1b[2J".encode("utf-16-le") + b"a\0" * 999] * 20)
+    assert len(claims.overrides) == tpm2.MAX_OVERRIDES
+    assert claims.overrides[0].isascii()
+    assert claims.overrides[0].isprintable()
+    assert len(said_of_pcr12(claims)) < 8 * 4 * tpm2.MAX_TOLD
+
+
+def test_without_a_log_nothing_is_named() -> None:
+    claims = authentic(tpm_evidence(pcrs=BOOTED | {12: b"\x01" * 32}))
+    assert said_of_pcr12(claims) == ""
 
 
 @pytest.mark.parametrize("got", [b"o" * 32, NONCE + bytes(32), NONCE[:31], b""])

@@ -124,11 +124,14 @@ class NoOverrides:
 
     reference: Mapping[str, frozenset[str]] | None
 
-    def check(self, claims: CpuClaims) -> Iterator[Finding]:
-        """One finding when it is something else, or was not quoted."""
+    def check(self, claims: TpmClaims | AzureVtpmClaims) -> Iterator[Finding]:
+        """One finding when it is something else, or was not quoted. It names what was added, where
+        the event log does."""
         got = claims.measurements.get("pcr12", "nothing")
         if got == ZERO or (self.reference is not None and "pcr12" in self.reference):
             return
+        if claims.overrides:
+            got = f"{got}, which is {', '.join(claims.overrides)}"
         yield Finding(
             Tier.WARNING if self.reference is None else Tier.CONTRAINDICATED,
             f"{claims.scheme}.pcr12",

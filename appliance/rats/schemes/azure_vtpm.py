@@ -58,6 +58,11 @@ class AzureVtpmClaims:
         """The paravisor's, by the hardware's names, and the VM's PCRs."""
         return {**self.hardware.measurements, **self.tpm.measurements}
 
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What the VM's image was given beside itself, see `TpmClaims.overrides`."""
+        return self.tpm.overrides
+
     def to_json(self) -> JsonObject:
         """All of them, the layers nested."""
         return {

@@ -8,6 +8,7 @@ What a quote proves: a TPM that the vendor vouches for held these PCR values aft
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ from appliance.rats.chain import (
     parse_pem_chain,
 )
 from appliance.wire.canonical import JsonObject
-from appliance.wire.event_log import Event, parse_event_log, replay
+from appliance.wire.event_log import EV_NO_ACTION, Event, parse_event_log, replay
 from appliance.wire.evidence import CpuEvidence
 from appliance.wire.tpm import (
     DIGEST_BYTES,
@@ -62,6 +63,15 @@ UNLOGGED_PCRS = frozenset({10, 15, 16, 23})
 """PCRs that a running system extends without the firmware's log: IMA (10), volume key and
 machine id (15, systemd), debugging (16), applications (23). A log that mentions them is not
 compared there."""
+
+OVERRIDES_PCR = 12
+"""What systemd-stub was given beside its image (systemd-stub(7))."""
+
+MAX_OVERRIDES = 8
+"""That are told."""
+
+MAX_TOLD = 200
+"""Characters of one."""
 
 PHASES = (b"enter-initrd", b"leave-initrd", b"sysinit", b"ready")
 """What systemd-pcrphase extends PCR 11 with, in this order, after the firmware's log has ended
@@ -99,6 +109,23 @@ class TpmClaims:
     def measurements(self) -> dict[str, str]:
         """`pcr0` and so on, lowercase hex."""
         return {f"pcr{number}": value.hex() for number, value in sorted(self.pcrs.items())}
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What PCR 12 was extended with, in order, where the log gives its value; at most
+        `MAX_OVERRIDES`.
+
+        An event's data is a comment, but for text that hashes to what was extended: an argument of
+        the command line is told as it is, anything else as its event's type.
+        """
+        if OVERRIDES_PCR not in self.replayed:
+            return ()
+        extended = [
+            event
+            for event in self.events
+            if event.register == OVERRIDES_PCR and event.type != EV_NO_ACTION
+        ]
+        return tuple(_told(event) for event in extended[:MAX_OVERRIDES])
 
     def to_json(self) -> JsonObject:
         """All of them; of the log how long it is and which PCRs it explains."""
@@ -229,6 +256,15 @@ def with_event_log(claims: TpmClaims, log: bytes) -> TpmClaims:
             )
         replayed.append(number)
     return replace(claims, events=events, replayed=tuple(replayed))
+
+
+def _told(event: Event) -> str:
+    """systemd-stub hashes a command line as UTF-16, little-endian, with its final NUL."""
+    if hashlib.sha256(event.data).digest() == event.digests[BANK]:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = event.data.decode("utf-16-le").removesuffix("\0")
+            return ascii(text[:MAX_TOLD])
+    return event.type_name
 
 
 def selected_pcrs(quote: Quote) -> tuple[int, ...]:
