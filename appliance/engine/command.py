@@ -81,6 +81,8 @@ class EngineCommand:
         settings_text: content of the settings file, with the keys in it.
         settings_file, init_file: below the runtime folder; the second is torch's rendezvous.
         port: of the engine's HTTP server, on loopback.
+        readable, writable: files and folders, with all that is in them, which the engine may read
+            and execute, and which it may change. No others (engine/confine.py).
     """
 
     argv: tuple[str, ...]
@@ -89,6 +91,15 @@ class EngineCommand:
     settings_file: Path
     init_file: Path
     port: int
+    readable: tuple[str, ...]
+    writable: tuple[str, ...]
+
+
+SYSTEM_FOLDERS = ("/usr", "/bin", "/lib", "/lib64", "/sbin", "/etc", "/proc", "/sys")
+"""Programs and libraries of the machine, and what numeric libraries look up about it."""
+
+SCRATCH_FOLDERS = ("/tmp", "/dev/shm")  # noqa: S108  # in the image both belong to dcv.service alone
+"""ZeroMQ's sockets and Prometheus' counters; memory shared between SGLang's processes."""
 
 
 def engine_command(
@@ -117,6 +128,8 @@ def engine_command(
         settings_file=settings_file,
         init_file=init_file,
         port=port,
+        readable=_readable(engine, model),
+        writable=(str(runtime), *SCRATCH_FOLDERS),
     )
 
 
@@ -214,6 +227,21 @@ def parse_extra_args(arguments: Iterable[str]) -> dict[str, JsonValue]:
             raise ConfigError(f"[engine] extra_args: `{name}` may not be set")
         settings[name] = value if equals else True
     return settings
+
+
+def _readable(engine: Engine, model: Model) -> tuple[str, ...]:
+    if engine.unsafe_command:
+        return ("/",)  # a program of which nothing is known
+    named = (
+        value for value in parse_extra_args(engine.extra_args).values() if isinstance(value, str)
+    )
+    return (
+        *SYSTEM_FOLDERS,
+        str(Path(engine.python).parent.parent),  # the environment: bin/python is two below
+        *engine.python_path,
+        model.path,
+        *(value for value in named if value.startswith("/")),
+    )
 
 
 def _environment(engine: Engine, *, runtime: Path, init_file: Path, threads: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Supervision of the engine: start it, know when it is ready, notice when it is not, end it.
 
-    supervise ─┬─ guardian process (engine/guardian.py) ── SGLang and its children
+    supervise ─┬─ guardian process (engine/guardian.py) ── SGLang and its children, confined
+               │                                          (engine/confine.py)
                ├─ listen: the guardian's reports, and the output, line by line, into our log
                └─ run ─┬─ the watch for its exit
                        └─ poll /ready, look at its sockets; then the health watch
@@ -12,6 +13,7 @@ out, the engine and everything it started are gone afterwards, within a bound.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -25,7 +27,7 @@ from typing import NoReturn
 import trio
 
 from appliance.config import Engine
-from appliance.engine import client, guardian
+from appliance.engine import client, confine, guardian
 from appliance.engine.client import EngineAddress
 from appliance.engine.command import EngineCommand, EngineKeys
 from appliance.engine.log_lines import MAX_LINE_BYTES, read_log_line
@@ -50,6 +52,9 @@ GUARDIAN_S = 5.0
 """For the guardian to end after everything it guards has, and again after it was killed."""
 
 GUARDIAN = Path(guardian.__file__)
+CONFINE = Path(confine.__file__)
+ISOLATED_PYTHON = (sys.executable, "-I", "-S")
+"""For the two programs of ours that stand on the standard library alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,11 +325,8 @@ async def _start_guardian(command: EngineCommand) -> _Guardian:
             try:
                 process = await trio.lowlevel.open_process(
                     [
-                        sys.executable,
-                        "-I",
-                        "-S",
-                        str(GUARDIAN),
-                        str(theirs.fileno()),
+                        *(*ISOLATED_PYTHON, str(GUARDIAN), str(theirs.fileno())),
+                        *(*ISOLATED_PYTHON, str(CONFINE), confinement(command)),
                         *command.argv,
                     ],
                     stdin=subprocess.DEVNULL,
@@ -340,6 +342,18 @@ async def _start_guardian(command: EngineCommand) -> _Guardian:
                 ) from error
         unless_started.pop_all()
     return _Guardian(process, trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+
+
+def confinement(command: EngineCommand) -> str:
+    """The rules for `engine/confine.py`: what the command names, and the installation of Python that
+    its environment's interpreter is a link into."""
+    interpreter = Path(os.path.realpath(command.argv[0]))
+    return json.dumps(
+        {
+            "read": [*command.readable, str(interpreter.parent.parent)],
+            "write": list(command.writable),
+        }
+    )
 
 
 async def _pump(

@@ -23,6 +23,7 @@ import trio
 from openai.types.chat import ChatCompletionMessageParam
 from serve import MODEL_ID
 
+from appliance.engine.confine import landlock_abi
 from appliance.verifier.answers import Answered, collect_exchange
 from appliance.verifier.check import fetch
 from appliance.verifier.session import pinned_client
@@ -81,6 +82,24 @@ def test_a_whole_answer_and_a_streamed_one_have_one_output_digest(real: RealAppl
             assert events["dcv.engine"]["deterministic"] is True
             digests.append(events["dcv.output"]["output_digest"])
     assert digests[0] == digests[1] is not None
+
+
+def test_every_process_of_the_engine_is_confined(real: RealAppliance) -> None:
+    """SGLang starts more processes; what was given up is inherited."""
+    if landlock_abi():
+        assert '"line": "confined by Landlock, ABI ' in real.log()
+    for pid in (real.engine_pid, *children(real.engine_pid)):
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert "NoNewPrivs:\t1" in status, status
+
+
+def children(pid: int) -> list[int]:
+    """Of every thread of it, and theirs."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *children(child)]
+    return found
 
 
 class Recording(httpx2.BaseTransport):
