@@ -21,6 +21,7 @@ names it.
 from __future__ import annotations
 
 import datetime
+import resource
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from appliance.attester.client import Attester
-from appliance.config import Attestation, MeasuredConfig
+from appliance.config import Attestation, Limits, MeasuredConfig
 from appliance.endorsements.anchors import load_anchors, load_simulated_anchors
 from appliance.endorsements.nvidia_sdk import consult
 from appliance.engine.command import EngineCommand, EngineKeys, effective_settings, engine_command
@@ -69,6 +70,9 @@ QUICK_S = 60.0
 
 SLACK_S = 60.0
 """Beyond a stage's own deadline, so that its own error comes first."""
+
+OWN_DESCRIPTORS = 128
+"""Listeners, database, collector, vendors, and room."""
 
 KEY_BYTES = 32
 NONCE_BYTES = 32
@@ -273,6 +277,7 @@ async def run_stage(
 async def _prepare(
     config: MeasuredConfig, keys: EngineKeys
 ) -> tuple[EngineCommand, Anchors, ImageFacts]:
+    reserve_descriptors(config.limits)
     command = engine_command(
         config.engine,
         config.model,
@@ -283,6 +288,27 @@ async def _prepare(
     digest_file = config.attestation.image_digest_file
     image = read_image_facts(Path(digest_file), root=Path("/")) if digest_file else ImageFacts()
     return command, _anchors(config.attestation), image
+
+
+def reserve_descriptors(limits: Limits) -> None:
+    """Let this process open as many files as its limits on clients may come to.
+
+    Else whoever may open connections could take the descriptors that the engine is asked with.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    # A connection each; one to the engine for every generation, and one more that aborts it.
+    needed = limits.max_connections + 2 * limits.max_concurrent + OWN_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"[limits] max_connections and max_concurrent: they need {needed} open files, this "
+            f"process may have {hard} (ulimit -Hn, LimitNOFILE=)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _anchors(attestation: Attestation) -> Anchors:

@@ -132,13 +132,14 @@ async def open_exchange(
     """Connect and send a request. The caller owns the response and closes it.
 
     Raises:
-        EngineUnavailable: the engine does not take the connection or the request.
+        EngineUnavailable: the engine does not take the connection or the request, or there is no
+            descriptor left to ask it with.
     """
     with ExitStack() as unless_sent:
-        connection = unless_sent.enter_context(
-            socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        )
         try:
+            connection = unless_sent.enter_context(
+                socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            )
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await _connect(connection, (address.host, address.port))

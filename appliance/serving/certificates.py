@@ -278,6 +278,8 @@ class ChainFile:
             raise CertificateRefused(
                 f"expected a chain that OpenSSL takes, it says {error.reason}"
             ) from error
+        except OSError as error:  # no descriptor to hand it over in
+            raise CertificateRefused(f"it cannot be handed to OpenSSL: {error.strerror}") from error
 
     def _say(self, stamp: _Stamp | None, reason: str) -> None:
         if self._said == (stamp, reason):

@@ -477,22 +477,26 @@ def _check_task(endpoint: Endpoint, services: InferenceServices) -> None:
         )
 
 
+TOKEN_ID_KEYS = ("prompt", "input", "stop_token_ids")
+"""Where a body may name tokens by number; the engine itself looks at those in `logit_bias`."""
+
+
 def _check_token_ids(wanted: InferenceRequest, services: InferenceServices) -> None:
     """SGLang 0.5.23 computes with any id, and its scheduler dies of one that the model has not: where
     the model does not say how many it has, none is let through."""
-    key = "input" if wanted.endpoint is Endpoint.EMBEDDINGS else "prompt"
-    given = wanted.body.get(key)
-    items = given if isinstance(given, list) else []
-    ids = [one for item in items for one in (item if isinstance(item, list) else (item,))]
-    largest = max((one for one in ids if isinstance(one, int)), default=None)
-    if largest is None:
-        return
-    if services.vocabulary_size is None:
-        raise UnsupportedFeature(f"{key}: this model takes no token ids, only text", param=key)
-    if largest >= services.vocabulary_size:
-        raise InvalidRequest(
-            f"{key}: expected token ids below {services.vocabulary_size}", param=key
-        )
+    for key in TOKEN_ID_KEYS:
+        given = wanted.body.get(key)
+        items = given if isinstance(given, list) else []
+        ids = [one for item in items for one in (item if isinstance(item, list) else (item,))]
+        largest = max((one for one in ids if isinstance(one, int)), default=None)
+        if largest is None:
+            continue
+        if services.vocabulary_size is None:
+            raise UnsupportedFeature(f"{key}: this model takes no token ids, only text", param=key)
+        if largest >= services.vocabulary_size:
+            raise InvalidRequest(
+                f"{key}: expected token ids below {services.vocabulary_size}", param=key
+            )
 
 
 def _check_transport(wanted: InferenceRequest) -> None:

@@ -235,8 +235,9 @@ class Sampling(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
     length_penalty: float | None = None
     early_stopping: bool | None = None
-    # SGLang's
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    # SGLang's. Release 0.5.23 asserts that nothing in a batch wants `min_p` beside a seed, which every
+    # request has here, and its scheduler dies of the assertion (srt/layers/sampler.py).
+    min_p: Annotated[float, Meta(ge=0, le=0)] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     stop_token_ids: Annotated[list[Token], Meta(max_length=64)] | None = None
     no_stop_trim: bool | None = None
@@ -315,6 +316,18 @@ IGNORED_KEYS = frozenset(
     }
 )
 """Accepted because clients send them, without effect here; never forwarded."""
+
+NOT_TEMPLATE_VARIABLES = frozenset(
+    {
+        *("self", "conversation", "messages", "tools", "documents", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "processor_kwargs"),
+    }
+)
+"""Parameters of what renders the template (`apply_chat_template` of transformers) and of what it
+renders: SGLang hands `chat_template_kwargs` over beside its own, so these would change what becomes
+of the prompt, or collide."""
 
 _GATEWAY_STREAM_OPTIONS = frozenset(
     {"include_obfuscation", "include_receipt", "include_checkpoints"}
@@ -446,6 +459,7 @@ def parse_request(
     if endpoint is Endpoint.CHAT:
         request = convert(checked, ChatRequest)
         _check_media(request.messages)
+        _check_template_variables(request.chat_template_kwargs or {})
         prompts: tuple[JsonValue, ...] = (None,)
     else:
         request = convert(checked, CompletionRequest)
@@ -464,6 +478,14 @@ def parse_request(
         proof=_proof(request),
         body=body,
     )
+
+
+def _check_template_variables(given: AnyObject) -> None:
+    if refused := NOT_TEMPLATE_VARIABLES.intersection(given):
+        param = f"chat_template_kwargs.{min(refused)}"
+        raise UnsupportedFeature(
+            f"{param}: expected variables of the model's template", param=param
+        )
 
 
 def _embeddings_request(request: EmbeddingsRequest, body: JsonObject) -> InferenceRequest:

@@ -289,6 +289,7 @@ async def test_a_model_that_generates_embeds_nothing(appliance: RunningAppliance
         (PATH, "input", [[1], [1, 100]]),
         ("/v1/completions", "prompt", [100]),
         ("/v1/completions", "prompt", [[1], [100]]),
+        ("/v1/completions", "stop_token_ids", [1, 100]),
     ],
 )
 async def test_a_token_that_the_model_has_not_never_reaches_the_engine(
@@ -303,7 +304,10 @@ async def test_a_token_that_the_model_has_not_never_reaches_the_engine(
         "model.files": {"config.json": hashlib.sha256(config).hexdigest()},
     }
     appliance = await start_appliance(nursery, tmp_path, sections=sections)
-    response = await post(appliance, json.dumps({"model": MODEL, key: given}).encode(), path)
+    asked: dict[str, Any] = {"model": MODEL, key: given}
+    if key == "stop_token_ids":
+        asked |= {"prompt": "x", "min_tokens": 5}  # what the real engine forbids until then
+    response = await post(appliance, json.dumps(asked).encode(), path)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, key)
     assert error["message"] == f"{key}: expected token ids below 100"

@@ -354,9 +354,15 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
             process.stderr.close()
 
 
-def serve(folder: Path, processes: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+def serve(
+    folder: Path, processes: list[subprocess.Popen[bytes]], *, open_files: str = ""
+) -> subprocess.Popen[bytes]:
+    """`open_files`: options of `ulimit -n` for it."""
+    command = [*DCV, "serve", "--config", str(folder / "dcv.toml")]
+    if open_files:
+        command = ["sh", "-c", f'ulimit {open_files} && exec "$@"', "sh", *command]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([*DCV, "serve", "--config", folder / "dcv.toml"], stderr=log)
+        process = subprocess.Popen(command, stderr=log)
     processes.append(process)
     return process
 
@@ -498,6 +504,30 @@ def test_a_boot_that_fails_says_why_and_never_opens_the_port(
     log = (folder / "log").read_text()
     assert says in log
     assert '"serving"' not in log
+
+
+def test_more_open_files_are_allowed_than_clients_can_take(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """One address with idle connections took the descriptors that the engine is asked with, and the
+    appliance ended."""
+    write(folder, limits={"max_connections": 1500, "max_concurrent": 16})
+    gateway = serve(folder, processes, open_files="-S -n 256")
+    wait_for("serving", folder)
+    limits = Path(f"/proc/{gateway.pid}/limits").read_text().splitlines()
+    (allowed,) = [line.split()[3] for line in limits if line.startswith("Max open files")]
+    assert int(allowed) >= 1500 + 2 * 16
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+
+
+def test_clients_that_could_take_every_open_file_are_refused_at_boot(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, limits={"max_connections": 1500, "max_concurrent": 16})
+    gateway = serve(folder, processes, open_files="-n 1024")
+    assert gateway.wait(30) == EX_CONFIG
+    assert "they need 1660 open files, this process may have 1024" in (folder / "log").read_text()
 
 
 def test_a_taken_port_is_stage_10s_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -132,6 +133,19 @@ async def test_a_refused_connection_is_unavailability() -> None:
         probe.bind(("127.0.0.1", 0))  # bound and not listening: nobody else gets the port
         with pytest.raises(EngineUnavailable):
             await open_exchange(EngineAddress(port=probe.getsockname()[1], key=KEY), "GET", "/")
+
+
+async def test_without_a_descriptor_left_the_engine_is_unavailable() -> None:
+    """It ended the appliance: its health watch expects the engine's errors, not the machine's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        with pytest.raises(EngineUnavailable):
+            await open_exchange(EngineAddress(port=1, key="key"), "GET", "/health")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_an_engine_that_breaks_off_while_it_is_told_is_unavailability(peer: Peer) -> None:

@@ -36,6 +36,7 @@ from appliance.wire.openai import (
     GATEWAY_KEYS,
     IGNORED_KEYS,
     MAX_MODEL_NAME_BYTES,
+    NOT_TEMPLATE_VARIABLES,
     ChatRequest,
     ChoicePlan,
     CompletionRequest,
@@ -80,9 +81,10 @@ def valid(kind: declared.Type) -> Iterator[JsonValue]:
         case declared.IntType(ge=low, le=high):
             yield from (0 if low is None else low, 1 if high is None else high)
         case declared.FloatType(gt=above, ge=low, le=high):
-            yield high if high is not None else 0.5
-            yield 1  # an integer is a number
-            yield (above or low or 0) + 0.25
+            bounded = 0.5 if high is None else high
+            yield bounded
+            yield min(1, int(bounded))  # an integer is a number
+            yield min((above or low or 0) + 0.25, bounded)
         case declared.StrType(pattern=None):
             yield TEXT
         case declared.StrType():
@@ -645,6 +647,35 @@ def test_not_asking_for_a_receipt_is_accepted_and_not_forwarded(endpoint: Endpoi
     sent = forwarded(endpoint, body)
     assert "tee" not in sent
     assert sent["stream_options"] == {}
+
+
+# ----------------------------------------------------------------------- what the engine dies of
+
+
+@both_endpoints
+@pytest.mark.parametrize("min_p", [5e-324, 0.1, 1])
+def test_min_p_is_refused_because_the_engine_dies_of_it_beside_a_seed(
+    endpoint: Endpoint, min_p: float
+) -> None:
+    assert refusal(endpoint, smallest(endpoint, min_p=min_p)).param == "min_p"
+
+
+@both_endpoints
+@pytest.mark.parametrize("min_p", [None, 0, 0.0, -0.0])
+def test_min_p_that_asks_for_nothing_is_accepted(endpoint: Endpoint, min_p: float | None) -> None:
+    parse(endpoint, smallest(endpoint, min_p=min_p))
+
+
+@pytest.mark.parametrize("name", sorted(NOT_TEMPLATE_VARIABLES))
+def test_a_template_variable_that_is_none_is_refused_by_name(name: str) -> None:
+    """`messages` made the engine answer 500, `return_tensors` would reach its scheduler."""
+    error = refusal(Endpoint.CHAT, chat(chat_template_kwargs={"thinking": True, name: True}))
+    assert isinstance(error, UnsupportedFeature)
+    assert error.param == f"chat_template_kwargs.{name}"
+
+
+def test_variables_of_a_template_are_accepted() -> None:
+    parse(Endpoint.CHAT, chat(chat_template_kwargs={"enable_thinking": False, "x": {"y": [1]}}))
 
 
 # ------------------------------------------------------------------------------------- media
