@@ -1,28 +1,31 @@
-"""What a TPM's PCRs will hold once the image has booted: one function a register.
+"""What a TPM's PCRs will hold once the image has booted from its disk: one function a register.
 
     PCR 4   the firmware starts our UKI, whose stub starts the kernel inside of it
     PCR 7   Secure Boot's state, for a machine without keys; with keys it is the machine's own
     PCR 11  the stub measures each section of the UKI
 
-PCR 0 to 3 are the firmware's and the machine's, 5 the disk's table, 9 what the stub adds to the
-initrd (PCR 11 has all of ours in it), 12 must stay zero. systemd's own measurements, of the boot's phases into 11 and of the machine's
-identifier into 15, are off in our image: they would come after the firmware's log is closed.
+PCR 0 to 3 are the firmware's and the machine's, 5 the disk's table, 9 what the kernel measures of its
+inputs (PCR 11 has all of ours in it), 12 must stay zero. systemd's own measurements, of the boot's
+phases into 11 and of the machine's identifier into 15, are off in our image: they would come after the
+firmware's log is closed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import uuid
 from collections.abc import Iterable
 
-from image.measure.uki import PeError, authenticode, parse_pe
+from image.measure.events import (
+    CALLING_APPLICATION,
+    SEPARATOR,
+    extend,
+    hashed,
+    program_events,
+    section_events,
+)
 
-SEPARATOR = bytes(4)
-"""EV_SEPARATOR: the firmware is done (TCG PC Client Platform Firmware Profile 1.06, 3.3.4.1)."""
-
-CALLING_APPLICATION = b"Calling EFI Application from Boot Option"
-"""EV_EFI_ACTION, same place, 10.4.4; without a terminating zero."""
+BANK = "sha256"
 
 GLOBAL_VARIABLE = uuid.UUID("8be4df61-93ca-11d2-aa0d-00e098032b8c")
 SECURITY_DATABASE = uuid.UUID("d719b2cb-3d3a-4596-a3bc-dad00e67656f")
@@ -34,21 +37,7 @@ SECURE_BOOT_VARIABLES = (
     ("db", SECURITY_DATABASE),
     ("dbx", SECURITY_DATABASE),
 )
-"""In the order in which they are measured (3.3.4.8)."""
-
-MEASURED_SECTIONS = (
-    *(".linux", ".osrel", ".cmdline", ".initrd", ".ucode", ".splash", ".dtb", ".uname", ".sbat"),
-    *(".pcrpkey", ".profile", ".dtbauto", ".hwids"),
-)
-"""The stub's canonical order; `.pcrsig` is not measured (systemd 257, src/fundamental/uki.h)."""
-
-
-def extend(events: Iterable[bytes]) -> bytes:
-    """The PCR, 32 bytes, after these digests, from zero."""
-    register = bytes(32)
-    for event in events:
-        register = hashlib.sha256(register + event).digest()
-    return register
+"""In the order in which they are measured (TCG PC Client Platform Firmware Profile 1.06, 3.3.4.8)."""
 
 
 def pcr04(uki: bytes) -> bytes:
@@ -57,18 +46,8 @@ def pcr04(uki: bytes) -> bytes:
     Raises:
         PeError: the UKI, or the kernel in it, is not a PE image.
     """
-    kernel = parse_pe(uki).section(".linux")
-    if kernel is None:
-        raise PeError("expected a section .linux")
-    return extend(
-        (
-            _sha256(CALLING_APPLICATION),
-            _sha256(SEPARATOR),
-            authenticode(uki),
-            # The stub hands the kernel to the firmware's LoadImage, which measures it as well.
-            authenticode(kernel),
-        )
-    )
+    before = (hashed(CALLING_APPLICATION, BANK), hashed(SEPARATOR, BANK))
+    return extend((*before, *program_events(uki, BANK)), BANK)
 
 
 def pcr07_without_keys() -> bytes:
@@ -78,11 +57,11 @@ def pcr07_without_keys() -> bytes:
     variables = (
         _variable(name, vendor, values.get(name, b"")) for name, vendor in SECURE_BOOT_VARIABLES
     )
-    return extend((*(_sha256(one) for one in variables), _sha256(SEPARATOR)))
+    return extend((*(hashed(one, BANK) for one in variables), hashed(SEPARATOR, BANK)), BANK)
 
 
 def pcr11(uki: bytes, phases: Iterable[str] = ()) -> bytes:
-    """Name (with its zero) and contents of each section that is there, then the phases' words.
+    """Each section that is there, then the phases' words.
 
     Args:
         phases: of systemd-pcrphase, as `sysinit` and `ready`; our image has none.
@@ -90,20 +69,11 @@ def pcr11(uki: bytes, phases: Iterable[str] = ()) -> bytes:
     Raises:
         PeError: the UKI is not a PE image.
     """
-    image = parse_pe(uki)
-    events = []
-    for name in MEASURED_SECTIONS:
-        contents = image.section(name)
-        if contents is not None:
-            events += [_sha256(name.encode() + b"\0"), _sha256(contents)]
-    return extend((*events, *(_sha256(word.encode()) for word in phases)))
+    words = (hashed(word.encode(), BANK) for word in phases)
+    return extend((*section_events(uki, BANK), *words), BANK)
 
 
 def _variable(name: str, vendor: uuid.UUID, value: bytes) -> bytes:
     """UEFI_VARIABLE_DATA (10.2.6)."""
     head = vendor.bytes_le + struct.pack("<QQ", len(name), len(value))
     return head + name.encode("utf-16-le") + value
-
-
-def _sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()

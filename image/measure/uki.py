@@ -106,14 +106,14 @@ def parse_pe(data: bytes) -> PeImage:
     )
 
 
-def authenticode(data: bytes) -> bytes:
-    """The SHA-256 Authenticode hash, 32 bytes: what LoadImage measures into PCR 4.
+def authenticode(data: bytes, algorithm: str = "sha256") -> bytes:
+    """The Authenticode hash: what LoadImage measures into PCR 4, and with SHA-384 into RTMR 1.
 
     Raises:
         PeError: as `parse_pe`.
     """
     image = parse_pe(data)
-    digest = hashlib.sha256()
+    digest = hashlib.new(algorithm)
     # 1. The headers without the checksum and the certificate table's entry.
     digest.update(data[: image.checksum_at])
     certificates_size = 0

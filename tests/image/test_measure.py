@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from appliance.rats.reference import parse_reference_values
-from image.measure.registers import extend, pcr04, pcr07_without_keys, pcr11
+from image.measure.events import extend
+from image.measure.registers import pcr04, pcr07_without_keys, pcr11
 from image.measure.uki import PeError, authenticode, parse_pe
 from tests.image.pe_images import HEADERS, pe_image
 
