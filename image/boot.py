@@ -64,6 +64,9 @@ def main() -> int:
     parser.add_argument("--cpus", default=CPUS)
     parser.add_argument("--accel", default="tcg,thread=multi", help="as QEMU spells it")
     parser.add_argument("--smbios", action="append", default=[], help="as QEMU spells it")
+    parser.add_argument(
+        "--kernel", type=Path, help="a UKI that is started instead of the disk's, as on bare metal"
+    )
     parser.add_argument("--second-disk", type=Path, help="read-only original, not booted from")
     parser.add_argument(
         "--words",
@@ -97,6 +100,7 @@ def main() -> int:
                 cpus=arguments.cpus,
                 accel=arguments.accel,
                 smbios=arguments.smbios,
+                kernel=arguments.kernel,
                 second_disk=arguments.second_disk,
                 words=arguments.words,
             )
@@ -115,11 +119,14 @@ def qemu_command(
     cpus: str,
     accel: str,
     smbios: Sequence[str] = (),
+    kernel: Path | None = None,
     second_disk: Path | None = None,
     words: Path | None = None,
 ) -> list[str]:
     """A machine with nothing in it but what is named here."""
     extra = [one for value in smbios for one in ("-smbios", value)]
+    if kernel is not None:
+        extra += ["-kernel", str(kernel)]
     if second_disk is not None:
         extra += ["-drive", f"if=none,id=second,format=raw,snapshot=on,file={second_disk}"]
         extra += ["-device", "virtio-blk-pci,drive=second"]

@@ -70,6 +70,7 @@ class Build:
         work: scratch. cache: tools and packages, shared by all builds. out: results.
         lock: the root's Debian packages, a `Package` a line.
         config: what is measured instead of the profile's own configuration.
+        firmware: options of image/measure about machines that start the UKI themselves.
     """
 
     profile: str
@@ -82,6 +83,7 @@ class Build:
     out: Path
     lock: Path
     config: Path | None = None
+    firmware: tuple[str, ...] = ()
 
     @property
     def tools(self) -> Path:
@@ -124,6 +126,14 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="scratch; default: below the cache")
     parser.add_argument("--out", type=Path, help="results; default: image/out/PROFILE")
     parser.add_argument("--config", type=Path, help="measured instead of the profile's own")
+    metal = parser.add_argument_group(
+        "bare metal", "what the machine is started with, so that SEV-SNP and TDX are predicted too"
+    )
+    metal.add_argument("--snp-firmware", type=Path, help="with --vcpus and --vcpu-type")
+    metal.add_argument("--vcpus", help="of the guest, as 8; 8,16 are alternatives")
+    metal.add_argument("--vcpu-type", help="QEMU's name, as EPYC-v4")
+    metal.add_argument("--snp-features", help="SEV_FEATURES, if not 1")
+    metal.add_argument("--tdx-firmware", type=Path)
     packages = parser.add_mutually_exclusive_group()
     packages.add_argument(
         "--packages", type=Path, help="a lock; default: image/packages/PROFILE.txt"
@@ -148,6 +158,7 @@ def main() -> int:
             out=arguments.out,
             lock=arguments.packages,
             config=arguments.config,
+            firmware=firmware_options(arguments),
         )
         make_tools(build)
         if arguments.only == "tools":
@@ -180,6 +191,7 @@ def plan(
     out: Path | None = None,
     lock: Path | None = None,
     config: Path | None = None,
+    firmware: tuple[str, ...] = (),
 ) -> Build:
     """What is built, from the checkout: version, commit and time."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -200,7 +212,32 @@ def plan(
         out=out.resolve() if out else IMAGE / "out" / profile,
         lock=lock or IMAGE / f"packages/{profile}.txt",
         config=config,
+        firmware=firmware,
     )
+
+
+def firmware_options(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """For image/measure, which runs last: so what is missing is said here, before the build.
+
+    Raises:
+        BuildError: a file that is not there, processors that are not told, or a cloud's machine,
+            which starts with a firmware of the cloud's.
+    """
+    together = {bool(one) for one in (arguments.snp_firmware, arguments.vcpus, arguments.vcpu_type)}
+    if len(together) > 1:
+        raise BuildError("--snp-firmware, --vcpus and --vcpu-type go together")
+    if arguments.output != "metal" and (arguments.snp_firmware or arguments.tdx_firmware):
+        raise BuildError("--snp-firmware and --tdx-firmware are for --output metal")
+    options: list[str] = []
+    for name in ("snp_firmware", "vcpus", "vcpu_type", "snp_features", "tdx_firmware"):
+        value = getattr(arguments, name)
+        if isinstance(value, Path):
+            if not value.is_file():
+                raise BuildError(f"{value} is not a file")
+            value = value.resolve()
+        if value is not None:
+            options += [f"--{name.replace('_', '-')}", str(value)]
+    return tuple(options)
 
 
 # 1. Tools.
@@ -790,6 +827,7 @@ def make_output(build: Build) -> None:
         *(ROOT / ".venv/bin/python", "-m", "image.measure", build.out / f"dcv-{build.profile}.efi"),
         *("--version", build.version, "--commit", build.commit, "--profile", build.profile),
         *("--out", build.out / "reference-values.json"),
+        *build.firmware,
         cwd=ROOT,
     )
     if build.output == "azure":  # a fixed VHD; Azure wants whole MiB

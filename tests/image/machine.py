@@ -21,6 +21,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 OUT = ROOT / "image/out/test"
 DISK = OUT / "dcv-test.raw"
+UKI = OUT / "dcv-test.efi"
 REFERENCE = OUT / "reference-values.json"
 PACKAGES = OUT / "packages.txt"
 POLICY = ROOT / "image/policies/test.toml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from openai import DefaultHttpxClient, OpenAI
 
+from appliance.wire.event_log import Event, parse_event_log
+from image.measure.tdx import rtmr1_events, rtmr2_events
 from tests.image.disk import flip_one_bit, partitions, rename_partition
 from tests.image.machine import (
     DISK,
@@ -22,6 +25,7 @@ from tests.image.machine import (
     POLICY,
     REFERENCE,
     ROOT,
+    UKI,
     Machine,
     booted,
     needs_image,
@@ -211,6 +215,28 @@ def test_a_killed_gateway_comes_back_with_new_keys_and_its_old_receipts(
     again = machine.facts(block=3)
     assert again["failed"] == ""
     assert public_sockets(again) == public_sockets(facts)
+
+
+def test_a_direct_start_logs_what_tdx_will_extend(tmp_path: Path) -> None:
+    # The registers of a TDX guest have no hardware here, their events have: the same firmware code, stub
+    # and kernel measure them into a TPM, whose log has every bank.
+    with booted(DISK, tmp_path, "--kernel", str(UKI)) as machine:
+        machine.wait_until_it_serves()
+        report = json.loads(machine.get("/v1/aci/attestation"))
+    (log,) = named(report, "event_log_b64")
+    events = parse_event_log(base64.b64decode(log))
+
+    def logged(*registers: int) -> list[bytes]:
+        there = [one for one in events if one.register in registers]
+        return [one.digests["sha384"] for one in there if not separates(one)]
+
+    def separates(event: Event) -> bool:
+        # A TPM has one in each of its first PCRs. RTMR 1 has one, in the place of PCR 4's.
+        return event.type_name == "EV_SEPARATOR" and event.register != 4
+
+    uki = UKI.read_bytes()
+    assert logged(*range(2, 7)) == list(rtmr1_events(uki))
+    assert logged(*range(8, 16)) == list(rtmr2_events(uki))
 
 
 def test_one_changed_bit_of_the_root_does_not_boot(tmp_path: Path) -> None:
