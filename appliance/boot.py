@@ -33,6 +33,7 @@ import trio
 
 from appliance.attester.client import Attester
 from appliance.config import Attestation, Limits, MeasuredConfig
+from appliance.credentials import Secret, VendorKeys
 from appliance.endorsements.anchors import load_anchors, load_simulated_anchors
 from appliance.endorsements.nvidia_sdk import consult
 from appliance.engine.command import EngineCommand, EngineKeys, effective_settings, engine_command
@@ -46,6 +47,7 @@ from appliance.errors import (
     ConfigError,
     Contraindicated,
     EngineStartFailed,
+    Malformed,
 )
 from appliance.log import Log
 from appliance.rats.gpus import GpuStatement, summary
@@ -64,6 +66,7 @@ from appliance.serving.self_test import self_test, warm_up
 from appliance.serving.tokenizing import ModelTokenizer, load_tokenizer, vocabulary_size
 from appliance.wire.encoding import format_sha256
 from appliance.wire.evidence import GpuEvidence
+from appliance.wire.sealed import parse_storage_key
 
 QUICK_S = 60.0
 """For a stage that only computes."""
@@ -76,6 +79,7 @@ OWN_DESCRIPTORS = 128
 
 KEY_BYTES = 32
 NONCE_BYTES = 32
+MAX_STORAGE_KEY_BYTES = 256
 
 QUESTIONS_PER_GPU = 12
 """To vendors, at stage 4: two manifests, and whether each of some nine certificates still holds."""
@@ -99,6 +103,7 @@ class Booted:
     engine: RunningEngine
     tokenizer: ModelTokenizer | None
     vocabulary_size: int | None
+    storage_key: bytes | None
 
 
 class Owner(Protocol):
@@ -138,6 +143,7 @@ async def boot(
     *,
     owner: Owner,
     operator_input_digest: str | None,
+    vendor_keys: VendorKeys,
     lifecycle: Lifecycle,
     log: Log,
     now: Callable[[], float],
@@ -162,7 +168,7 @@ async def boot(
 
     # 1. Configuration. It was decoded before we were called; this makes what follows from it.
     keys = EngineKeys(api=random(KEY_BYTES).hex(), admin=random(KEY_BYTES).hex())
-    command, anchors, image = await stage(
+    command, anchors, image, storage_key = await stage(
         1, "configuration", QUICK_S, partial(_prepare, config, keys)
     )
     # 2. Keys, one role each.
@@ -181,7 +187,7 @@ async def boot(
         4,
         "GPU evidence",
         _gpu_deadline_s(attestation),
-        partial(_gpus, attestation, own, random(NONCE_BYTES), log),
+        partial(_gpus, attestation, own, random(NONCE_BYTES), vendor_keys.nvidia, log),
     )
     # 5. Weights. In the image dm-verity vouches for the volume; here every file is hashed.
     tokenizer = await stage(
@@ -242,6 +248,7 @@ async def boot(
         engine=engine,
         tokenizer=tokenizer,
         vocabulary_size=await trio.to_thread.run_sync(vocabulary_size, Path(config.model.path)),
+        storage_key=storage_key,
     )
 
 
@@ -276,7 +283,7 @@ async def run_stage(
 
 async def _prepare(
     config: MeasuredConfig, keys: EngineKeys
-) -> tuple[EngineCommand, Anchors, ImageFacts]:
+) -> tuple[EngineCommand, Anchors, ImageFacts, bytes | None]:
     reserve_descriptors(config.limits)
     command = engine_command(
         config.engine,
@@ -287,7 +294,26 @@ async def _prepare(
     )
     digest_file = config.attestation.image_digest_file
     image = read_image_facts(Path(digest_file), root=Path("/")) if digest_file else ImageFacts()
-    return command, _anchors(config.attestation), image
+    storage_key = _storage_key(config.attestation.storage_key_file)
+    return command, _anchors(config.attestation), image, storage_key
+
+
+def _storage_key(path: str) -> bytes | None:
+    """The TPM's, for those who seal secrets to it; None where there is none, which harms nobody."""
+    if not path:
+        return None
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_STORAGE_KEY_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"[attestation] storage_key_file: {error.strerror}") from error
+    try:
+        parse_storage_key(data)
+    except Malformed as error:
+        raise ConfigError(f"[attestation] storage_key_file: {error.message}") from error
+    return data
 
 
 def reserve_descriptors(limits: Limits) -> None:
@@ -372,7 +398,7 @@ async def _attester(
 
 
 async def _gpus(
-    attestation: Attestation, own: OwnEvidence, nonce: bytes, log: Log
+    attestation: Attestation, own: OwnEvidence, nonce: bytes, service_key: Secret | None, log: Log
 ) -> tuple[GpuStatement, ...]:
     if attestation.gpu == "unsafe_none":
         log.warning("no_gpu_evidence_required")
@@ -386,7 +412,7 @@ async def _gpus(
     result.require()
     # 3. NVIDIA's, where it is asked.
     if attestation.gpu == "nvidia":
-        await consult(attestation, endorsed, nonce, result, log=log)
+        await consult(attestation, endorsed, nonce, result, log=log, service_key=service_key)
     return statements
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from appliance import __version__
 from appliance.config import ApiKey, effective_config, load_config, require_keys
+from appliance.credentials import read_vendor_keys
 from appliance.engine.command import parse_extra_args
 from appliance.errors import EX_SOFTWARE, EX_USAGE, ConfigError
 from appliance.log import configure_log
@@ -58,15 +59,14 @@ def serve_command(arguments: argparse.Namespace) -> int:
             given = load_operator_input(arguments.operator_input)
             config, operator_input_digest = tighten(config, given), given.digest
         parse_extra_args(config.engine.extra_args)
-        if not arguments.check:
-            require_keys(config)
+        if arguments.check:  # on any machine: no secret is looked for
+            print(json.dumps(effective_config(config), indent=2))
+            return 0
+        require_keys(config)
+        close_memory()
+        vendor_keys = read_vendor_keys(config.attestation, _credentials(os.environ))
     except ConfigError as error:
-        print(f"dcv: {error.message}\ndcv: {error.advice}", file=sys.stderr)
-        return error.exit_status
-    if arguments.check:
-        print(json.dumps(effective_config(config), indent=2))
-        return 0
-    close_memory()
+        return _refuse(error)
     log = configure_log(format=config.log.format, level=config.log.level)
     notifier = Notifier.from_environment(os.environ, pid=os.getpid())
     try:
@@ -77,6 +77,7 @@ def serve_command(arguments: argparse.Namespace) -> int:
                 log=log,
                 notifier=notifier,
                 operator_input_digest=operator_input_digest,
+                vendor_keys=vendor_keys,
             )
         )
     except Exception:  # noqa: BLE001  # `run` logs every other; what cannot be logged is not printed
@@ -85,6 +86,18 @@ def serve_command(arguments: argparse.Namespace) -> int:
         status = 0 if ended_by is None else ended_by.exit_status
     _give_up_unwritten_log()
     return status
+
+
+def _credentials(environment: Mapping[str, str]) -> Path | None:
+    """The folder that systemd put credentials into (systemd.exec(5)); None without any."""
+    folder = environment.get("CREDENTIALS_DIRECTORY")
+    return Path(folder) if folder else None
+
+
+def _refuse(error: ConfigError) -> int:
+    """Said on standard error; returns the exit status."""
+    print(f"dcv: {error.message}\ndcv: {error.advice}", file=sys.stderr)
+    return error.exit_status
 
 
 def _give_up_unwritten_log() -> None:
@@ -104,8 +117,7 @@ def attester_command(arguments: argparse.Namespace) -> int:
     try:
         config = load_config(arguments.config)
     except ConfigError as error:
-        print(f"dcv: {error.message}\ndcv: {error.advice}", file=sys.stderr)
-        return error.exit_status
+        return _refuse(error)
     log = configure_log(format=config.log.format, level=config.log.level)
     where = _inherited_socket(os.environ, os.getpid())
     return trio.run(
@@ -116,6 +128,20 @@ def attester_command(arguments: argparse.Namespace) -> int:
             gateway=arguments.gateway or str(os.getuid()),
             log=log,
         )
+    )
+
+
+def unseal_command(arguments: argparse.Namespace) -> int:
+    """`dcv unseal`: what was sealed to this machine's TPM, into files for systemd."""
+    from appliance.attester.unseal import run_unseal  # noqa: PLC0415  # as above
+
+    try:
+        config = load_config(arguments.config)
+    except ConfigError as error:
+        return _refuse(error)
+    log = configure_log(format=config.log.format, level=config.log.level)
+    return trio.run(
+        partial(run_unseal, config.attestation, arguments.sealed, arguments.out, log=log)
     )
 
 
@@ -217,6 +243,27 @@ def _parser() -> argparse.ArgumentParser:
         "--gateway", metavar="USER", help="who may connect, name or number; default: this user"
     )
     attester.set_defaults(command=attester_command)
+
+    unseal = commands.add_parser(
+        "unseal",
+        help="have the TPM give out sealed secrets (its own unit starts this)",
+        description="Write the public part of the TPM's storage key, and each secret that was sealed "
+        "to it for what this machine has booted (image/seal.py).",
+        epilog="Exit status: 0 all of them, 69 the TPM failed, 77 it gives one out no more, 78 the "
+        "configuration is wrong or there is no TPM.",
+    )
+    unseal.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML file")
+    unseal.add_argument(
+        "--sealed", type=Path, required=True, metavar="FILE", help="lines of image/seal.py; or none"
+    )
+    unseal.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="gets storage-key and secrets/NAME",
+    )
+    unseal.set_defaults(command=unseal_command)
 
     keys = commands.add_parser("keys", help="API keys")
     key_commands = keys.add_subparsers(required=True, metavar="COMMAND")

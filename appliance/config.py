@@ -28,6 +28,7 @@ Count: TypeAlias = Annotated[int, Meta(ge=1, le=1_000_000)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Sha256Hex: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Sha256Digest: TypeAlias = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+CredentialName: TypeAlias = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})?\Z")]
 Section = TypeVar("Section", bound=Struct)
 Svn: TypeAlias = Annotated[int, Meta(ge=0, le=255)]
 
@@ -187,11 +188,13 @@ class Operator(Struct, frozen=True, forbid_unknown_fields=True):
         domains: it may replace [tls] names by names that are one of these or below one; `*` allows
             any name and address.
         chain_file: whether it may say where [tls] chain_file is, if that is not said here.
+        credentials: whether it may name the credentials with vendors' keys that are not named here.
     """
 
     max_keys: Annotated[int, Meta(ge=0, le=10_000)] = 0
     domains: Annotated[tuple[Name, ...], Meta(max_length=32)] = ()
     chain_file: Literal["refused", "accepted"] = "refused"
+    credentials: Literal["refused", "accepted"] = "refused"
 
 
 class Limits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -334,6 +337,12 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     task: Literal["generate", "embed"] = "generate"
 
 
+CREDENTIAL_URLS = {
+    "nvidia_service_key": ("rim_url", "ocsp_url", "nras_url"),
+    "intel_pcs_key": ("pcs_url",),
+}
+"""Keys of `[attestation]` that name a credential, and those that say where it is sent."""
+
 TeeType: TypeAlias = Literal["sev_snp", "tdx", "azure_vtpm", "tpm2", "unsafe_simulated"]
 
 
@@ -412,6 +421,8 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
         tpm_ak_handle, tpm_ak_certificate_index: persistent handle of the attestation key, NV index
             of its certificate (`tpm2`; the defaults are Google's, for RSA keys).
         tpm_roots_file: PEM of the vendor roots that the AK certificate must lead to (`tpm2`).
+        storage_key_file: holds the public part of the TPM's storage key, for those who seal secrets to
+            this machine; shown at `/.well-known/dcv/storage-key`. Empty shows none.
         collect_s: one collection of evidence, all GPUs.
         interval_s: between re-attestations while serving; each is up to a tenth later.
         failures: collections that may fail in a row before the appliance withdraws.
@@ -419,6 +430,9 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
         endorsements: `offline` never asks a vendor.
         rim_dirs: folders with reference values that came with the image.
         rim_url, ocsp_url, nras_url, kds_url, pcs_url, imds_url: where vendors answer.
+        nvidia_service_key: the credential that holds the key of NVIDIA's attestation services, sent to
+            `rim_url`, `ocsp_url` and `nras_url`, which must then be https. Empty sends none.
+        intel_pcs_key: the same with Intel's subscription key and `pcs_url`.
         endorsement_s: one question to a vendor.
         nvidia_sdk: NVIDIA's own verifier at boot: not asked, asked and recorded, or must agree.
         nvidia_sdk_python: interpreter of its own environment.
@@ -440,6 +454,7 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
     tpm_ak_handle: Annotated[int, Meta(ge=0x81000000, le=0x81FFFFFF)] = 0x81010001
     tpm_ak_certificate_index: Annotated[int, Meta(ge=0x01000000, le=0x01FFFFFF)] = 0x01C10000
     tpm_roots_file: str = ""
+    storage_key_file: str = ""
     collect_s: Seconds = 30.0
     interval_s: Seconds = 60.0
     failures: Annotated[int, Meta(ge=1, le=100)] = 3
@@ -452,6 +467,8 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
     kds_url: str = "https://kdsintf.amd.com"
     pcs_url: str = "https://api.trustedservices.intel.com"
     imds_url: str = "http://169.254.169.254"
+    nvidia_service_key: CredentialName = ""
+    intel_pcs_key: CredentialName = ""
     endorsement_s: Seconds = 10.0
     nvidia_sdk: Literal["off", "record", "require"] = "off"
     nvidia_sdk_python: str = ""
@@ -591,7 +608,7 @@ def _has_nul(value: object) -> bool:
 def effective_config(config: MeasuredConfig) -> dict[str, object]:
     """The configuration with every default filled in, as plain values for display.
 
-    It holds no secret yet; when a section gains one, it is masked here.
+    It holds no secret: API keys are hashes, vendors' keys the names of credentials.
     """
     plain = msgspec.to_builtins(config)
     assert isinstance(plain, dict)
@@ -649,6 +666,7 @@ def _resolve_paths(config: MeasuredConfig, folder: Path) -> MeasuredConfig:
             image_digest_file=absolute(config.attestation.image_digest_file),
             tsm_dir=absolute(config.attestation.tsm_dir),
             tpm_roots_file=absolute(config.attestation.tpm_roots_file),
+            storage_key_file=absolute(config.attestation.storage_key_file),
             endorsements_dir=absolute(config.attestation.endorsements_dir),
             rim_dirs=tuple(absolute(path) for path in config.attestation.rim_dirs),
             nvidia_sdk_python=absolute(config.attestation.nvidia_sdk_python),
@@ -708,6 +726,12 @@ def _check_attestation(config: MeasuredConfig) -> None:
         raise ConfigError(f"[policy] gpus: expected `{gpus}`, which [attestation] gpu needs")
     if attestation.nvidia_sdk != "off" and not attestation.nvidia_sdk_python:
         raise ConfigError("[attestation] nvidia_sdk_python: missing (its own environment's)")
+    for key, urls in CREDENTIAL_URLS.items():
+        for url in urls if getattr(attestation, key) else ():
+            if not getattr(attestation, url).startswith("https://"):
+                raise ConfigError(
+                    f"[attestation] {url}: expected https, because {key} is sent there"
+                )
 
 
 def _is_loopback(host: str) -> bool:

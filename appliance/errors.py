@@ -30,6 +30,7 @@ Whose fault it is comes first, because that decides what happens next:
     ├── AttesterError              this machine's evidence could not be had
     │   ├── ProviderAbsent                        what the configuration requires is not there
     │   ├── DeviceFault                           the device did not answer, or answered nonsense
+    │   ├── SealRefused                           the TPM does not give a sealed secret out
     │   ├── AttesterUnavailable                   the collector is gone, hangs or speaks nonsense
     │   └── AttestationFailed                     what a client is told of any of these
     ├── EndorsementsUnavailable    what others vouch for could not be had
@@ -308,6 +309,12 @@ class ProviderAbsent(AttesterError):
 class DeviceFault(AttesterError):
     code = "device_fault"
     advice = "Read the attester's log; a device that keeps failing needs a reset or a replacement."
+
+
+class SealRefused(AttesterError):
+    code = "seal_refused"
+    exit_status = EX_NOPERM
+    advice = "Seal the secret anew, for this image and for the storage key of this machine's TPM."
 
 
 class AttesterUnavailable(AttesterError):

@@ -12,6 +12,8 @@ says anything else. Its sections and keys are spelt like those of the measured f
     chain_file = "/run/dcv/config/chain.pem"
     [limits]
     max_concurrent = 64
+    [attestation]
+    nvidia_service_key = "sealed_nvidia"
 
 The digest of its exact bytes is told to clients, who may want to know that it has not changed.
 """
@@ -28,6 +30,7 @@ from msgspec import Meta, Struct
 
 from appliance.config import (
     ApiKey,
+    CredentialName,
     Limits,
     MeasuredConfig,
     Name,
@@ -62,11 +65,19 @@ class GivenTls(Struct, frozen=True, forbid_unknown_fields=True):
     chain_file: Name | None = None
 
 
+class GivenAttestation(Struct, frozen=True, forbid_unknown_fields=True):
+    """`[attestation]`: the credentials with the operator's own keys of vendors' services."""
+
+    nvidia_service_key: CredentialName = ""
+    intel_pcs_key: CredentialName = ""
+
+
 class GivenSections(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file."""
 
     auth: GivenAuth = GivenAuth()
     tls: GivenTls = GivenTls()
+    attestation: GivenAttestation = GivenAttestation()
     limits: LowerLimits = LowerLimits()  # type: ignore[valid-type]  # made from the declarations
 
 
@@ -78,6 +89,7 @@ class OperatorInput:
         keys: API keys to add.
         names: for `[tls] names`; None leaves them.
         chain_file: for `[tls] chain_file`, absolute; None leaves it.
+        credentials: names of those that are given, by key of `[attestation]`.
         limits: those that are given, by name.
         digest: `sha256:` and the hex SHA-256 of the file's exact bytes.
     """
@@ -85,6 +97,7 @@ class OperatorInput:
     keys: tuple[ApiKey, ...]
     names: tuple[str, ...] | None
     chain_file: str | None
+    credentials: dict[str, str]
     limits: dict[str, int | float]
     digest: str
 
@@ -123,6 +136,9 @@ def parse_operator_input(data: bytes, *, folder: Path) -> OperatorInput:
         keys=sections.auth.keys,
         names=sections.tls.names,
         chain_file=None if chain_file is None else str(folder / chain_file),
+        credentials={
+            key: name for key, name in msgspec.structs.asdict(sections.attestation).items() if name
+        },
         limits={name: value for name, value in limits.items() if value is not None},
         digest="sha256:" + hashlib.sha256(data).hexdigest(),
     )
@@ -138,6 +154,7 @@ def tighten(config: MeasuredConfig, given: OperatorInput) -> MeasuredConfig:
     _check_keys(config, given)
     _check_names(config, given)
     _check_chain_file(config, given)
+    _check_credentials(config, given)
     _check_limits(config, given)
     replace = msgspec.structs.replace
     tightened = replace(
@@ -148,6 +165,7 @@ def tighten(config: MeasuredConfig, given: OperatorInput) -> MeasuredConfig:
             names=config.tls.names if given.names is None else given.names,
             chain_file=config.tls.chain_file if given.chain_file is None else given.chain_file,
         ),
+        attestation=replace(config.attestation, **given.credentials),
         limits=replace(config.limits, **given.limits),
     )
     check_config(tightened)
@@ -190,6 +208,16 @@ def _check_chain_file(config: MeasuredConfig, given: OperatorInput) -> None:
         )
     if config.tls.chain_file:
         raise ConfigError("the operator's input: [tls] chain_file: the measured file has its own")
+
+
+def _check_credentials(config: MeasuredConfig, given: OperatorInput) -> None:
+    """Where they are sent is for the measured file to say; that they are is no concession."""
+    for key in given.credentials:
+        where = f"the operator's input: [attestation] {key}"
+        if config.operator.credentials != "accepted":
+            raise ConfigError(f"{where}: [operator] credentials refuses it")
+        if getattr(config.attestation, key):
+            raise ConfigError(f"{where}: the measured file has its own")
 
 
 def _check_limits(config: MeasuredConfig, given: OperatorInput) -> None:

@@ -29,6 +29,7 @@ import trio
 from appliance.attester.client import Attester, connect_attester, run_attester_child
 from appliance.boot import Booted, boot, run_stage
 from appliance.config import MeasuredConfig, Receipts
+from appliance.credentials import NO_KEYS, VendorKeys
 from appliance.endorsements.collect import Endorsements
 from appliance.engine.command import EngineCommand, EngineKeys
 from appliance.engine.process import RunningEngine, supervise
@@ -84,6 +85,7 @@ async def run(
     wall_clock: Callable[[], float] = time.time,
     random: Callable[[int], bytes] = secrets.token_bytes,
     operator_input_digest: str | None = None,
+    vendor_keys: VendorKeys = NO_KEYS,
 ) -> ApplianceError | None:
     """Boot and serve until told to stop, or until it must not go on.
 
@@ -109,6 +111,7 @@ async def run(
         wall_clock,
         random,
         operator_input_digest,
+        vendor_keys,
     )
     try:
         async with trio.open_nursery() as nursery:
@@ -155,8 +158,10 @@ class _Appliance:
         wall_clock: Callable[[], float],
         random: Callable[[int], bytes],
         operator_input_digest: str | None,
+        vendor_keys: VendorKeys,
     ) -> None:
         self.config = config
+        self.vendor_keys = vendor_keys
         self.operator_input_digest = operator_input_digest
         self.lifecycle = lifecycle
         self.admission = admission
@@ -195,6 +200,7 @@ class _Appliance:
                     self.config,
                     owner=self,
                     operator_input_digest=self.operator_input_digest,
+                    vendor_keys=self.vendor_keys,
                     lifecycle=self.lifecycle,
                     log=self.log,
                     now=self.wall_clock,
@@ -283,7 +289,14 @@ class _Appliance:
             rate=PeerRate(self.config.limits.reports_per_minute),
         )
         self.reattestation = booted.reattestation
-        app = create_app(services, proof, self.health, csr=booted.tls.csr, log=self.log)
+        app = create_app(
+            services,
+            proof,
+            self.health,
+            csr=booted.tls.csr,
+            storage_key=booted.storage_key,
+            log=self.log,
+        )
         listeners = await run_stage(
             10,
             "listener",
@@ -349,6 +362,7 @@ class _Appliance:
                 anchors,
                 authenticate_rim=rim_authenticator(anchors.nvidia_rim),
                 log=self.log,
+                keys=self.vendor_keys,
                 now=self._now,
             )
         )

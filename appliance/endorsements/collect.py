@@ -25,8 +25,9 @@ from typing import Self
 from cryptography import x509
 
 from appliance.config import Attestation
+from appliance.credentials import NO_KEYS, Secret, VendorKeys
 from appliance.endorsements.amd_kds import AmdChip, AmdSource
-from appliance.endorsements.http import Offline, VendorClient, Vendors
+from appliance.endorsements.http import Offline, ServiceKey, VendorClient, Vendors
 from appliance.endorsements.intel_pcs import IntelSource, platform_of
 from appliance.endorsements.nvidia_rim import AuthenticateRim, Clock, RimSource
 from appliance.endorsements.ocsp import OcspSource, Question
@@ -51,6 +52,7 @@ class Endorsements:
         attestation: the configuration's section.
         anchors: the pinned roots; of a vendor without one nothing is found.
         authenticate_rim: what makes a manifest trustworthy (`rats.schemes.nvidia_gpu`).
+        keys: of vendors' services.
         now: the wall clock.
         tls: whom to believe; None for the operating system's authorities.
     """
@@ -62,10 +64,13 @@ class Endorsements:
         *,
         authenticate_rim: AuthenticateRim,
         log: Log,
+        keys: VendorKeys = NO_KEYS,
         now: Clock = utc_now,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self._client = None if attestation.endorsements == "offline" else VendorClient(tls=tls)
+        self._client = None
+        if attestation.endorsements == "online":
+            self._client = VendorClient(tls=tls, keys=service_keys(attestation, keys))
         vendors: Vendors = self._client or Offline()
         store = EndorsementStore(Path(attestation.endorsements_dir), log=log)
         seconds = attestation.endorsement_s
@@ -253,6 +258,18 @@ class Endorsements:
             self._log.warning(
                 "endorsement_missing", what=what, why=why, advice=EndorsementsUnavailable.advice
             )
+
+
+def service_keys(attestation: Attestation, keys: VendorKeys) -> list[ServiceKey]:
+    """Which service gets which key, and how."""
+    found = []
+    if keys.nvidia is not None:
+        bearer = Secret(f"Bearer {keys.nvidia.reveal()}")
+        urls = (attestation.rim_url, attestation.ocsp_url)
+        found += [ServiceKey(url, "authorization", bearer) for url in urls]
+    if keys.intel is not None:
+        found.append(ServiceKey(attestation.pcs_url, "ocp-apim-subscription-key", keys.intel))
+    return found
 
 
 def _td_quote(evidence: CpuEvidence) -> bytes | None:

@@ -16,7 +16,7 @@ import datetime
 import email.utils
 import random
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -24,6 +24,7 @@ from typing import Protocol, Self
 import httpx2
 import trio
 
+from appliance.credentials import Secret
 from appliance.errors import EndorsementsUnavailable
 
 TRIES = 3
@@ -51,6 +52,25 @@ class Answer:
 
     def __repr__(self) -> str:
         return f"Answer({len(self.body)} bytes)"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceKey:
+    """What a vendor's service knows us by.
+
+    Attributes:
+        url: of the service, https. Its scheme, host and port are the only ones that get the key.
+        header: that carries it, lowercase. value: of the header, whole.
+    """
+
+    url: str
+    header: str
+    value: Secret
+
+    def is_for(self, url: httpx2.URL) -> bool:
+        """Whether a question to `url` carries it."""
+        ours = httpx2.URL(self.url)
+        return url.scheme == "https" and _origin(url) == _origin(ours)
 
 
 class Vendors(Protocol):
@@ -134,9 +154,13 @@ class VendorClient:
     Args:
         tls: whom to believe; None for the operating system's authorities. It only hides what is
             asked: everything that comes back is authenticated by its own signature.
+        keys: of services that want one.
     """
 
-    def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, *, tls: ssl.SSLContext | None = None, keys: Sequence[ServiceKey] = ()
+    ) -> None:
+        self._keys = tuple(keys)
         self._client = httpx2.AsyncClient(
             verify=True if tls is None else tls,
             trust_env=False,
@@ -202,6 +226,9 @@ class VendorClient:
     ) -> httpx2.Request:
         try:
             request = self._client.build_request(method, url, content=content, headers=headers)
+            for key in self._keys:
+                if key.is_for(request.url):
+                    request.headers[key.header] = key.value.reveal()
         except (httpx2.InvalidURL, ValueError):
             raise EndorsementsUnavailable(f"{what}: its configured URL is none") from None
         if request.url.scheme not in ("http", "https") or not request.url.host:
@@ -287,6 +314,10 @@ def _retry_after_s(text: str | None) -> int | None:
     except (ValueError, TypeError, OverflowError):  # TypeError: a date without a zone
         return None
     return min(max(0, round(left.total_seconds())), _MAX_RETRY_AFTER_S)
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port  # of a scheme's own port there is none
 
 
 def _host(request: httpx2.Request) -> str:

@@ -29,6 +29,7 @@ import trio
 from cryptography import x509
 
 from appliance.config import Attestation
+from appliance.credentials import Secret
 from appliance.endorsements import nvidia_sdk_child
 from appliance.errors import EndorsementsUnavailable, Malformed, SecondOpinionFailed
 from appliance.log import Log
@@ -78,12 +79,14 @@ async def consult(
     ours: AttestationResult,
     *,
     log: Log,
+    service_key: Secret | None = None,
 ) -> SdkOpinion | None:
     """Ask for the second opinion as far as `[attestation] nvidia_sdk` wants one, and compare.
 
     Args:
         evidence: one per GPU, collected for the 32 bytes of `nonce`.
         ours: our own result on the same GPUs.
+        service_key: of NVIDIA's services; the child is told it on its standard input.
 
     Returns:
         The opinion; None when it is not asked for, or was asked for the record and not had.
@@ -95,7 +98,7 @@ async def consult(
         return None
     opinion = None
     try:
-        opinion = await second_opinion(settings, evidence, nonce, log=log)
+        opinion = await second_opinion(settings, evidence, nonce, log=log, service_key=service_key)
         agree(ours, opinion)
     except (EndorsementsUnavailable, SecondOpinionFailed) as error:
         if settings.nvidia_sdk == "require":
@@ -126,13 +129,19 @@ def agree(ours: AttestationResult, theirs: SdkOpinion) -> None:
 
 
 async def second_opinion(
-    settings: Attestation, evidence: tuple[GpuEvidence, ...], nonce: bytes, *, log: Log
+    settings: Attestation,
+    evidence: tuple[GpuEvidence, ...],
+    nonce: bytes,
+    *,
+    log: Log,
+    service_key: Secret | None = None,
 ) -> SdkOpinion:
     """Ask NVIDIA's verifier about every GPU.
 
     Args:
         settings: which interpreter, mode and endpoints; `nvidia_sdk_s` bounds the whole.
         evidence: one per GPU. nonce: the 32 bytes it was collected for.
+        service_key: as for `consult`.
 
     Raises:
         EndorsementsUnavailable: it could not ask its endpoints. It does ask: there is no verdict
@@ -140,7 +149,7 @@ async def second_opinion(
         SecondOpinionFailed: it cannot be started, crashed, hung or spoke nonsense, or knows no
             such GPU.
     """
-    requests = [_request(settings, one, nonce) for one in evidence]
+    requests = [_request(settings, one, nonce, service_key) for one in evidence]
     if not requests:
         raise SecondOpinionFailed("expected evidence of a GPU, there is none")
     opinions: list[SdkOpinion] = []
@@ -200,7 +209,9 @@ def _require_nonce(claims: JsonObject, nonce: bytes) -> None:
         raise SecondOpinionFailed("NVIDIA's verifier answered about another number of GPUs")
 
 
-def _request(settings: Attestation, evidence: GpuEvidence, nonce: bytes) -> bytes:
+def _request(
+    settings: Attestation, evidence: GpuEvidence, nonce: bytes, service_key: Secret | None
+) -> bytes:
     """One line for the child."""
     request: JsonObject = {
         "nonce": nonce.hex(),
@@ -215,6 +226,7 @@ def _request(settings: Attestation, evidence: GpuEvidence, nonce: bytes) -> byte
             "ocsp_url": settings.ocsp_url,
             "nras_url": settings.nras_url,
         },
+        "service_key": None if service_key is None else service_key.reveal(),
     }
     return canonical_json(request) + b"\n"
 

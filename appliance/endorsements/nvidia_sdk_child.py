@@ -16,7 +16,7 @@ It runs by path and isolated (`python -I`) on the interpreter of the SDK's own e
 - The parent holds standard input open; its end of file means that the parent is gone.
 
 Request: `nonce` hex, `mode` `local` or `remote`, `evidence` {`report_b64`, `cert_chain_b64` (PEM),
-`arch` `HOPPER` or `BLACKWELL`}, `endpoints` {`rim_url`, `ocsp_url`, `nras_url`}.
+`arch` `HOPPER` or `BLACKWELL`}, `endpoints` {`rim_url`, `ocsp_url`, `nras_url`}, `service_key` or null.
 Answer: `verdict`, `reason` (empty for a good verdict), `claims` {`overall`, `gpus`}, `token` as the
 SDK returns it, `error` null or {`kind` `unavailable` or `failed`, `message`}. With an error there
 is no verdict: `verdict` is null.
@@ -143,6 +143,8 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
     sdk = attestation.Attestation("dcv")
     sdk.set_nonce(request["nonce"])
     sdk.set_claims_version("3.0")
+    if request["service_key"] is not None:
+        sdk.set_service_key(request["service_key"])
     sdk.add_verifier(
         attestation.Devices.GPU,
         environment,

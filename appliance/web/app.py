@@ -125,12 +125,14 @@ def create_app(
     health: HealthSource,
     *,
     csr: bytes,
+    storage_key: bytes | None,
     log: Log,
 ) -> GatewayApp:
     """The application with every route.
 
     Args:
         csr: PEM of the certificate request for the TLS key.
+        storage_key: the TPM's, TPM2B_PUBLIC; None where none is to be shown.
     """
     limits = services.config.limits
     bodies = BodyBudget(limits.max_body_bytes_total)
@@ -145,7 +147,7 @@ def create_app(
     add_inference_routes(app, services)
     add_health_routes(app, health)
     add_attestation_routes(app, proof)
-    add_well_known_routes(app, csr=csr)
+    add_well_known_routes(app, csr=csr, storage_key=storage_key)
     add_openapi_route(app, services.config)
 
     async def appliance_error(error: ApplianceError) -> Response:

@@ -245,6 +245,7 @@ def well_known_document(services: AttestationServices) -> JsonObject:
             "generate": "/v1/dcv/attestation/generate",
             "verify": "/v1/dcv/attestation/verify",
             "csr": "/.well-known/dcv/csr",
+            "storage_key": "/.well-known/dcv/storage-key",
             "openapi": "/openapi.json",
             "health": "/health",
         },

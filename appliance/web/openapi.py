@@ -437,6 +437,11 @@ _OPERATIONS = (
                {"200": _json(_object(api_versions=_list(_TEXT), endpoints={"type": "object"}))}),
     _Operation("csr", "A certificate request for the TLS key", ("/.well-known/dcv/csr",),
                {"200": {"text/plain": {"schema": _TEXT}}}),
+    _Operation("storage_key", "The TPM's key that secrets are sealed to",
+               ("/.well-known/dcv/storage-key",),
+               {"200": {"application/octet-stream": {"schema": {"type": "string",
+                                                                "format": "binary"}}}},
+               errors=(errors.RouteNotFound,)),
     _Operation("openapi", "This document", ("/openapi.json",), {"200": _json({"type": "object"})}),
 )  # fmt: skip
 

@@ -81,6 +81,7 @@ from appliance.wire.receipt import (
 )
 from appliance.wire.report import parse_report
 from appliance.wire.rim import parse_rim
+from appliance.wire.sealed import SealedSecret, parse_sealed
 from appliance.wire.spdm import parse_transcript
 from appliance.wire.sse import PING_LINE, BlockReader, encode_event
 from appliance.wire.tdx import parse_quote
@@ -223,6 +224,17 @@ def tpm_quote(data: bytes) -> None:
 @harness(part("signature", "tpm2_good"))
 def tpm_signature(data: bytes) -> None:
     tpm_wire.parse_signature(data)
+
+
+def _sealed_lines() -> list[bytes]:
+    one = SealedSecret("nvidia", bytes(78), bytes(250), bytes(70))
+    return [one.to_line(), one.to_line() + SealedSecret("intel", b"a", b"b", b"c").to_line()]
+
+
+@harness(_sealed_lines)
+def sealed_secrets(data: bytes) -> None:
+    lines = b"".join(one.to_line() for one in parse_sealed(data))
+    assert parse_sealed(lines) == parse_sealed(data)
 
 
 def _public_areas() -> list[bytes]:

@@ -27,10 +27,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from structlog.testing import capture_logs
 
 from appliance.config import Attestation
+from appliance.credentials import Secret, VendorKeys
 from appliance.endorsements.amd_kds import AmdChip, AmdSource
 from appliance.endorsements.anchors import load_anchors
-from appliance.endorsements.collect import Endorsements
-from appliance.endorsements.http import Offline, VendorClient, Vendors
+from appliance.endorsements.collect import Endorsements, service_keys
+from appliance.endorsements.http import Offline, ServiceKey, VendorClient, Vendors
 from appliance.endorsements.intel_pcs import (
     Collateral,
     IntelSource,
@@ -135,6 +136,60 @@ async def test_tls_is_verified_against_the_authority_that_is_given(nursery: trio
     with pytest.raises(EndorsementsUnavailable, match="cannot be asked"):
         await ask(server)
     assert len(server.requests) == 1
+
+
+KEY = "nvapi-CANARY"
+
+
+async def tls_servers(nursery: trio.Nursery) -> tuple[ssl.SSLContext, VendorServer, VendorServer]:
+    """Two that a client can believe, at different ports, and how."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    first = await VendorServer(anything).start(nursery, context)
+    return trusting, first, await VendorServer(anything).start(nursery, context)
+
+
+async def test_a_service_gets_its_key_and_nobody_else_does(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    trusting, service, other = await tls_servers(nursery)
+    plain = await VendorServer(anything).start(nursery)
+    keys = [
+        ServiceKey(service.url + "/v1/rim", "authorization", Secret(f"Bearer {KEY}")),
+        # A configuration with this URL is refused; the client would not send it either.
+        ServiceKey(plain.url, "authorization", Secret(f"Bearer {KEY}")),
+    ]
+    async with VendorClient(tls=trusting, keys=keys) as client:
+        for url in (service.url + "/v1/rim/x", other.url, plain.url):
+            await client.get(url, what="x", seconds=SECONDS, max_bytes=100)
+        await client.post(
+            service.url, b"", what="x", seconds=SECONDS, max_bytes=100, type="text/plain"
+        )
+        service.fault.statuses = [307]
+        service.fault.headers = {"location": other.url}
+        with pytest.raises(EndorsementsUnavailable) as caught:
+            await client.get(service.url, what="x", seconds=SECONDS, max_bytes=100)
+    assert [one.headers.get("authorization") for one in service.requests] == [f"Bearer {KEY}"] * 3
+    assert not any(KEY in repr(one) for one in (*other.requests, *plain.requests))
+    assert KEY not in str(caught.value)
+    assert KEY not in repr(keys)
+    assert KEY not in caplog.text
+
+
+def test_each_vendor_gets_its_own_key_in_its_own_header() -> None:
+    settings = Attestation(cpu="tdx")
+    keys = VendorKeys(nvidia=Secret(KEY), intel=Secret("subscription"))
+    sent = [(one.url, one.header, one.value.reveal()) for one in service_keys(settings, keys)]
+    assert sent == [
+        (settings.rim_url, "authorization", f"Bearer {KEY}"),
+        (settings.ocsp_url, "authorization", f"Bearer {KEY}"),
+        (settings.pcs_url, "ocp-apim-subscription-key", "subscription"),
+    ]
+    assert service_keys(settings, VendorKeys()) == []
 
 
 async def test_no_environment_variable_changes_what_is_asked(

@@ -734,3 +734,76 @@ def test_many_clients_that_hang_up_leave_no_exchange_behind(
             assert time.monotonic() < until, document
     gateway.terminate()
     assert gateway.wait(20) == 0
+
+
+CANARY = "nvapi-CANARY-0123456789"
+
+
+def start_with_credentials(
+    folder: Path, processes: list[subprocess.Popen[bytes]], *more: str
+) -> subprocess.Popen[bytes]:
+    """With one, as systemd would hand it over."""
+    credentials = folder / "credentials"
+    credentials.mkdir(mode=0o700, exist_ok=True)
+    (credentials / "sealed_nvidia").write_text(CANARY)
+    with (folder / "log").open("wb") as log:
+        processes.append(
+            subprocess.Popen(
+                [*DCV, "serve", "--config", folder / "dcv.toml", *more],
+                env={**os.environ, "CREDENTIALS_DIRECTORY": str(credentials)},
+                stdout=log,
+                stderr=log,
+            )
+        )
+    return processes[-1]
+
+
+def test_a_vendors_key_is_in_nothing_that_the_appliance_says_or_writes(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, attestation={"nvidia_service_key": "sealed_nvidia"})
+    gateway = start_with_credentials(folder, processes)
+    wait_for("serving", folder)
+    shown = subprocess.run(
+        [*DCV, "status", "--json", "--socket", folder / "status.sock"],
+        capture_output=True,
+        timeout=20,
+    )
+    assert shown.returncode == 0
+    command_line = Path(f"/proc/{gateway.pid}/cmdline").read_bytes()
+    gateway.terminate()
+    assert gateway.wait(20) == 0
+    written = [
+        path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent.name != "credentials"
+    ]
+    assert len(written) > 3
+    for said in (shown.stdout, command_line, *written):
+        assert CANARY.encode() not in said
+
+
+def test_check_looks_for_no_credential_and_shows_none(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    path = write(folder, attestation={"nvidia_service_key": "sealed_nvidia"})
+    checked = start_with_credentials(folder, processes, "--check")
+    assert checked.wait(20) == 0
+    with_it = (folder / "log").read_text()
+    without = subprocess.run(
+        [*DCV, "serve", "--config", path, "--check"], capture_output=True, text=True, timeout=20
+    )
+    assert without.stdout == with_it
+    assert CANARY not in with_it
+    assert json.loads(with_it)["attestation"]["nvidia_service_key"] == "sealed_nvidia"
+
+
+def test_a_credential_that_is_named_and_not_there_keeps_it_down(
+    folder: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    write(folder, attestation={"nvidia_service_key": "sealed_other"})
+    gateway = start_with_credentials(folder, processes)
+    assert gateway.wait(20) == EX_CONFIG
+    said = (folder / "log").read_text()
+    assert "[attestation] nvidia_service_key: the credential `sealed_other`: No such file" in said
+    assert CANARY not in said

@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.x509 import ocsp
 
 from appliance.config import Attestation, Policy
+from appliance.credentials import Secret
 from appliance.endorsements import nvidia_sdk
 from appliance.endorsements.anchors import load_anchors
 from appliance.endorsements.nvidia_sdk import CHILD, consult, second_opinion
@@ -118,6 +119,7 @@ class Vendor:
 
     url: str
     requests: list[tuple[str, bytes]] = field(default_factory=list)
+    heads: list[bytes] = field(default_factory=list)
     asked: trio.Event = field(default_factory=trio.Event)
 
 
@@ -135,6 +137,7 @@ async def vendor(
             body += await stream.receive_some(65_536)
         path = head.split()[1].decode()
         here.requests.append((path, body))
+        here.heads.append(head)
         here.asked.set()
         if answer is None:
             await trio.sleep_forever()
@@ -258,6 +261,37 @@ async def test_a_boot_that_requires_agreement_ends_where_the_two_differ(
         settings = msgspec.structs.replace(harnessed, rim_url=f"{service.url}/v1/rim")
         with pytest.raises(SecondOpinionFailed, match=r"nvidia_gpu\.driver.*accepts"):
             await consult(settings, (evidence,), nonce, refused, log=LOG)
+
+
+async def test_the_service_key_is_sent_and_is_in_no_argument_no_variable_and_no_line(
+    harnessed: Attestation, evidence: GpuEvidence, nonce: bytes, scratch: Path
+) -> None:
+    canary = "nvapi-CANARY"
+    seen: list[bytes] = []
+
+    def look(path: str, body: bytes) -> tuple[int, bytes]:
+        for pid in processes_of(scratch):
+            seen.extend(
+                (Path(f"/proc/{pid}") / name).read_bytes() for name in ("cmdline", "environ")
+            )
+        return serve_rims(path, body)
+
+    async with vendor(look) as service:
+        settings = msgspec.structs.replace(harnessed, rim_url=f"{service.url}/v1/rim")
+        with structlog.testing.capture_logs() as lines:
+            opinion = await consult(
+                *(settings, (evidence,), nonce, ours_on(evidence, nonce)),
+                log=structlog.get_logger(),
+                service_key=Secret(canary),
+            )
+    assert opinion is not None
+    assert opinion.verdict
+    assert service.heads
+    assert all(b"Authorization: Bearer " + canary.encode() in head for head in service.heads)
+    assert seen
+    assert not any(canary.encode() in one for one in seen)
+    assert canary not in repr(lines)
+    assert canary not in repr((opinion.claims, opinion.tokens))
 
 
 async def test_another_nonce_is_refused(harnessed: Attestation, evidence: GpuEvidence) -> None:
@@ -401,7 +435,7 @@ async def test_a_child_whose_parent_is_gone_ends(
         )
         assert process.stdin is not None
         with trio.fail_after(PATIENCE_S):
-            await process.stdin.send_all(nvidia_sdk._request(settings, evidence, nonce))
+            await process.stdin.send_all(nvidia_sdk._request(settings, evidence, nonce, None))
             await service.asked.wait()
             asked_at = trio.current_time()
             await process.stdin.aclose()  # what the kernel does when a parent dies
@@ -487,8 +521,11 @@ async def test_the_remote_mode_asks_the_configured_service_for_the_verdict(
     sdk: Attestation, evidence: GpuEvidence, nonce: bytes, verdict: bool
 ) -> None:
     async with vendor(Nras(nonce, verdict=verdict)) as service:
-        opinion = await second_opinion(remote(sdk, service), (evidence,), nonce, log=LOG)
+        opinion = await second_opinion(
+            remote(sdk, service), (evidence,), nonce, log=LOG, service_key=Secret("nvapi-CANARY")
+        )
     assert opinion.verdict is verdict
+    assert b"Authorization: Bearer nvapi-CANARY" in service.heads[0]
     path, body = service.requests[0]
     asked = json.loads(body)
     assert path == "/v3/attest/gpu"

@@ -121,7 +121,7 @@ def test_every_route_is_in_the_document_and_nothing_else(tmp_path: Path) -> None
     )
     log = configure_log(format="json", level="error")
     proof = cast(AttestationServices, SimpleNamespace(config=services.config))
-    app = create_app(services, proof, cast(HealthSource, None), csr=b"", log=log)
+    app = create_app(services, proof, cast(HealthSource, None), csr=b"", storage_key=None, log=log)
     routes = {
         (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method)
         for rule in app.url_map.iter_rules()

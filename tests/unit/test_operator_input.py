@@ -23,6 +23,7 @@ from appliance.operator_input import (
 from tests.unit.test_config import FOLDER, SHA256, SMALLEST, api_key
 
 OTHER = "1e" * 32
+LOOPBACK = 'mode = "loopback"'
 ROOM = '[operator]\nmax_keys = 2\ndomains = ["example.com"]\nchain_file = "accepted"\n'
 
 
@@ -242,3 +243,25 @@ def test_whatever_is_given_the_result_allows_no_more_than_was_measured(
 def test_the_digest_is_of_the_exact_bytes() -> None:
     assert given_input("").digest != given_input("\n").digest
     assert SHA256 != OTHER
+
+
+def test_credentials_are_named_by_the_operator_where_there_is_room_and_none_is_named() -> None:
+    text = '[attestation]\nnvidia_service_key = "sealed_nvidia"\n'
+    config = measured(ROOM + 'credentials = "accepted"\n', LOOPBACK)
+    tightened = tighten(config, given_input(text)).attestation
+    assert (tightened.nvidia_service_key, tightened.intel_pcs_key) == ("sealed_nvidia", "")
+    where = "the operator's input: [attestation] nvidia_service_key: "
+    assert refusal(text, measured()) == where + "[operator] credentials refuses it"
+    attestation = msgspec.structs.replace(config.attestation, nvidia_service_key="own")
+    config = msgspec.structs.replace(config, attestation=attestation)
+    assert refusal(text, config) == where + "the measured file has its own"
+
+
+def test_the_operator_does_not_say_where_a_key_is_sent() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key \[attestation\] rim_url"):
+        given_input('[attestation]\nrim_url = "https://example.com"\n')
+    config = measured(ROOM + 'credentials = "accepted"\n')
+    attestation = msgspec.structs.replace(config.attestation, rim_url="http://127.0.0.1:1")
+    config = msgspec.structs.replace(config, attestation=attestation)
+    text = '[attestation]\nnvidia_service_key = "sealed_nvidia"\n'
+    assert refusal(text, config).startswith("[attestation] rim_url: expected https")
