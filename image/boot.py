@@ -38,6 +38,13 @@ STRANGER: Final = b"somebody else"
 
 AK_HANDLE: Final = "0x81010001"
 AK_CERTIFICATE_INDEX: Final = "0x01C10000"
+STORAGE_KEY_TEMPLATE: Final = (
+    *("-g", "sha256", "-G", "ecc256:null:aes128cfb", "-a"),
+    "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|noda|restricted|decrypt",
+)
+STORAGE_KEY: Final = "storage-key"
+"""Of `provision_tpm`: the file with the key that secrets are sealed to (image/seal.py)."""
+
 AK_ATTRIBUTES: Final = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign"
 
 FIRMWARE: Final = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
@@ -79,14 +86,20 @@ def main() -> int:
         default="certified",
         help="the TPM's attestation key: as it should be, certified by somebody unknown, not there",
     )
+    parser.add_argument(
+        "--tpm", type=Path, help="folder of `provision_tpm`, of which a copy is used; not --key"
+    )
     arguments = parser.parse_args()
     die_with_caller()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(130))
     with tempfile.TemporaryDirectory(prefix="dcv-vm-") as name:
         folder = Path(name)
-        (folder / "tpm").mkdir()
-        if arguments.key != "none":
+        if arguments.tpm is not None:
+            shutil.copytree(arguments.tpm / "tpm", folder / "tpm")
+        elif arguments.key == "none":
+            (folder / "tpm").mkdir()
+        else:
             provision_tpm(folder, secret=VENDOR if arguments.key == "certified" else STRANGER)
         with vm_tpm(folder) as control:
             variables = shutil.copy(FIRMWARE_VARIABLES, folder / "variables.fd")
@@ -154,11 +167,13 @@ def qemu_command(
 
 
 def provision_tpm(folder: Path, *, secret: bytes = VENDOR) -> None:
-    """An attestation key with its certificate, as a cloud's vTPM has them when it is handed over.
+    """An attestation key with its certificate, as a cloud's vTPM has them when it is handed over, and
+    the public part of the storage key, in a file.
 
     Args:
-        secret: of who certifies it.
+        folder: gets the TPM's state in `tpm`. secret: of who certifies it.
     """
+    (folder / "tpm").mkdir()
     socket = folder / "provision"
     server = (
         *("--tpmstate", f"dir={folder / 'tpm'}", "--server", f"type=unixio,path={socket}"),
@@ -185,6 +200,10 @@ def provision_tpm(folder: Path, *, secret: bytes = VENDOR) -> None:
         certificate = certify(key, secret=secret)
         tool("tpm2_nvdefine", "-C", "o", "-s", str(len(certificate)), AK_CERTIFICATE_INDEX)
         tool("tpm2_nvwrite", "-C", "o", "-i", "-", AK_CERTIFICATE_INDEX, stdin=certificate)
+        tool("tpm2_createprimary", "-C", "o", *STORAGE_KEY_TEMPLATE, "-c", "storage.ctx")
+        tool("tpm2_flushcontext", "-t")
+        tool("tpm2_readpublic", "-c", "storage.ctx", "-o", STORAGE_KEY)
+        tool("tpm2_flushcontext", "-t")
         tool("tpm2_shutdown", "-c")
 
 

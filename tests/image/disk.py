@@ -1,14 +1,21 @@
-"""Partitions of a disk image: enough of GPT (UEFI 2.10, 5.3) to change one bit of one, or its name."""
+"""Partitions of a disk image: enough of GPT (UEFI 2.10, 5.3) to change one bit of one, or its name, and
+to make a small disk."""
 
 from __future__ import annotations
 
 import struct
+import uuid
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 SECTOR = 512
+PER_MIB = (1 << 20) // SECTOR
+HEADER_BYTES = 92
+ENTRIES, ENTRY_BYTES = 128, 128
+LINUX_DATA = uuid.UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
 NAME = slice(56, 128)
 """Of an entry: UTF-16, padded with zeros."""
 
@@ -84,3 +91,35 @@ def flip_one_bit(disk: Path, offset: int) -> None:
         (byte,) = file.read(1)
         file.seek(offset)
         file.write(bytes([byte ^ 1]))
+
+
+def make_disk(disk: Path, contents: Mapping[str, bytes]) -> None:
+    """A disk of partitions of 1 MiB each: their names, and what lies at their beginning."""
+    sectors = (len(contents) + 2) * PER_MIB
+    entries, disk_id = bytearray(ENTRIES * ENTRY_BYTES), uuid.uuid4().bytes_le
+    with disk.open("wb") as file:
+        file.truncate(sectors * SECTOR)
+        for index, (name, data) in enumerate(contents.items()):
+            first = (index + 1) * PER_MIB
+            place = struct.pack("<QQQ", first, first + PER_MIB - 1, 0)
+            entry = LINUX_DATA.bytes_le + uuid.uuid4().bytes_le + place
+            entry += name.encode("utf-16-le").ljust(72, b"\0")
+            entries[index * ENTRY_BYTES : (index + 1) * ENTRY_BYTES] = entry
+            file.seek(first * SECTOR)
+            file.write(data)
+        # The protective MBR (5.2.3): one partition of type 0xEE over all of the disk.
+        protective = struct.pack("<B3sB3sII", 0, b"\0\2\0", 0xEE, b"\xff" * 3, 1, sectors - 1)
+        file.seek(446)
+        file.write(protective + bytes(48) + b"\x55\xaa")
+        taken = len(entries) // SECTOR
+        for here, other, entries_at in (
+            (1, sectors - 1, 2),
+            (sectors - 1, 1, sectors - 1 - taken),
+        ):
+            header = bytearray(SECTOR)
+            struct.pack_into("<8sIIII", header, 0, b"EFI PART", 0x10000, HEADER_BYTES, 0, 0)
+            usable = (2 + taken, sectors - 2 - taken)
+            struct.pack_into("<QQQQ", header, 24, here, other, *usable)
+            header[56:72] = disk_id
+            struct.pack_into("<QII", header, 72, entries_at, ENTRIES, ENTRY_BYTES)
+            write_table(file, Table(here, header, entries))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import shutil
@@ -17,8 +18,9 @@ import pytest
 from openai import DefaultHttpxClient, OpenAI
 
 from appliance.wire.event_log import Event, parse_event_log
+from image.boot import STORAGE_KEY, provision_tpm
 from image.measure.tdx import rtmr1_events, rtmr2_events
-from tests.image.disk import flip_one_bit, partitions, rename_partition
+from tests.image.disk import flip_one_bit, make_disk, partitions, rename_partition
 from tests.image.machine import (
     DISK,
     PACKAGES,
@@ -321,3 +323,68 @@ def test_a_machine_without_what_the_configuration_requires_is_not_started_again(
     assert console.count('"event": "appliance_ended"') == 1
     assert "Active: failed" in facts["status"]
     assert re.search(r'Status: "failed: stage 3 \(attester\): ', facts["status"])
+
+
+SECRET = "nvapi-CANARY-0123456789"
+OPERATOR_FILE = b'[attestation]\nnvidia_service_key = "sealed_nvidia"\n'
+
+
+def sealed_to(tpm: Path, *options: str) -> bytes:
+    """The secret, sealed to this TPM and the built image; neither has ever run."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "image/seal.py"), "nvidia", *options),
+            *("--storage-key", str(tpm / STORAGE_KEY), "--reference", str(REFERENCE)),
+        ],
+        input=SECRET.encode(),
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
+@pytest.fixture
+def tpm(tmp_path: Path) -> Path:
+    folder = tmp_path / "provisioned"
+    folder.mkdir()
+    provision_tpm(folder)
+    return folder
+
+
+def with_operator(tpm: Path, sealed: bytes) -> tuple[str, ...]:
+    """Options for a machine with this TPM and a disk of the operator's."""
+    disk = tpm / "operator.raw"
+    make_disk(disk, {"dcv-operator": OPERATOR_FILE, "dcv-sealed": sealed})
+    return ("--tpm", str(tpm), "--second-disk", str(disk))
+
+
+def test_a_secret_that_was_sealed_before_the_machine_ran_reaches_its_gateway(
+    tpm: Path, tmp_path: Path
+) -> None:
+    with booted(DISK, tmp_path, *with_operator(tpm, sealed_to(tpm))) as machine:
+        # It names the credential, so it would not start without.
+        machine.wait_until_it_serves()
+        status, document = verify(machine)
+        storage_key = machine.get("/.well-known/dcv/storage-key")
+        facts = machine.facts()
+        console = machine.console
+    assert status == 3, document
+    assert set(named(document, "check")) == {"tpm2.memory", "report.gpus"}
+    (digest,) = set(named(document, "operator_input_digest"))
+    assert digest == "sha256:" + hashlib.sha256(OPERATOR_FILE).hexdigest()
+    assert re.search(r'"event": "unsealed".*"names": \["nvidia"\]', console)
+    assert storage_key == (tpm / STORAGE_KEY).read_bytes()
+    assert facts["failed"] == ""
+    assert SECRET not in console
+
+
+def test_a_secret_that_was_sealed_for_another_image_keeps_the_gateway_down(
+    tpm: Path, tmp_path: Path
+) -> None:
+    sealed = sealed_to(tpm, "--pcr", f"11={'11' * 32}")
+    with booted(DISK, tmp_path, *with_operator(tpm, sealed)) as machine:
+        console = machine.wait_for("Dependency failed for")
+    assert re.search(r'"code": "seal_refused".*"nvidia: sealed for another image or boot', console)
+    assert '"event": "boot_stage"' not in console
+    assert SECRET not in console

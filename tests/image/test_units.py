@@ -18,6 +18,8 @@ from appliance.errors import (
     ModelError,
     Unauthentic,
 )
+from appliance.operator_input import MAX_BYTES as MAX_OPERATOR_FILE
+from appliance.wire.sealed import MAX_BYTES as MAX_SEALED_FILE
 from tests.image.unit_files import SYSTEMD, directives, unit_files, values
 
 ANALYZE = shutil.which("systemd-analyze")
@@ -32,7 +34,8 @@ KNOWN = {
     "Service": """
         AmbientCapabilities CapabilityBoundingSet DeviceAllow DevicePolicy DynamicUser
         EnvironmentFile ExecPaths ExecStart ExecStartPost ExecStop Group IPAddressAllow IPAddressDeny
-        InaccessiblePaths KeyringMode KillMode LimitCORE LimitMEMLOCK LimitNOFILE LockPersonality
+        InaccessiblePaths KeyringMode KillMode LimitCORE LimitMEMLOCK LimitNOFILE LoadCredential
+        LockPersonality
         MemoryDenyWriteExecute NoExecPaths NoNewPrivileges NotifyAccess OOMPolicy PrivateDevices
         PrivateIPC PrivateMounts PrivateNetwork PrivateTmp PrivateUsers ProcSubset ProtectClock
         ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs ProtectKernelModules
@@ -65,6 +68,7 @@ FOREIGN = {
 
 GATEWAY = SYSTEMD / "dcv.service"
 ATTESTER = SYSTEMD / "dcv-attester.service"
+CREDENTIALS = SYSTEMD / "dcv-credentials.service"
 
 
 @pytest.mark.parametrize("path", unit_files(), ids=lambda path: path.name)
@@ -154,6 +158,52 @@ def test_the_collector_has_no_network_and_three_devices() -> None:
         assert f'KERNEL=="{device}", OWNER="root"' in rules
 
 
+def test_what_unseals_has_the_tpm_and_nothing_else() -> None:
+    assert values(CREDENTIALS, "DeviceAllow") == ["/dev/tpmrm0 rw"]
+    assert values(CREDENTIALS, "PrivateNetwork") == ["yes"]
+    assert values(CREDENTIALS, "RestrictAddressFamilies") == ["AF_UNIX"]
+    assert values(CREDENTIALS, "CapabilityBoundingSet") == [""]
+    assert values(CREDENTIALS, "LimitCORE") == ["0"]
+
+
+def test_no_gateway_without_a_secret_that_is_sealed() -> None:
+    """Refused by the TPM, the unit fails, and what requires it does not start. On a machine without a
+    TPM it is skipped, which is no failure: a gateway that needs the secret says so itself."""
+    assert CREDENTIALS.name in values(GATEWAY, "Requires")
+    assert CREDENTIALS.name in values(GATEWAY, "After")
+    for unit in (GATEWAY, CREDENTIALS):  # nor without what the operator said
+        for directive in ("Requires", "After"):
+            assert "dcv-operator.service" in values(unit, directive)
+    assert values(CREDENTIALS, "ConditionPathExists") == ["/dev/tpmrm0"]
+
+
+def test_secrets_are_where_systemd_looks_for_them_and_the_gateway_cannot() -> None:
+    (command,) = values(CREDENTIALS, "ExecStart")
+    (out,) = re.findall(r"--out (\S+)", command)
+    secrets = f"{out}/secrets"
+    assert values(GATEWAY, "LoadCredential") == [f"sealed:{secrets}"]
+    assert f"-{secrets}" in values(GATEWAY, "InaccessiblePaths")[0].split()
+    # There, and root's, on every machine: a missing one would keep the gateway from starting.
+    assert f"d {secrets} 0700 root root -" in (SYSTEMD / "dcv.tmpfiles.conf").read_text()
+    # And what is read comes from where the operator's partition is copied to.
+    (sealed,) = re.findall(r"--sealed (\S+)", command)
+    script = (SYSTEMD.parent / "image/mkosi/files/common/operator-input").read_text()
+    assert f"copy dcv-sealed {MAX_SEALED_FILE + 1} {Path(sealed).name}" in script
+    assert f"copy dcv-operator {MAX_OPERATOR_FILE + 1} input.toml" in script
+    (folder,) = values(SYSTEMD / "dcv-operator.service", "RuntimeDirectory")
+    assert Path(sealed).parent == Path("/run", folder)
+
+
+def test_nothing_takes_a_credential_from_the_host() -> None:
+    """ImportCredential= and a LoadCredential= without a path would take what SMBIOS brings."""
+    for path in unit_files():
+        for one in directives(path):
+            assert "ImportCredential" not in one.name
+            assert "Encrypted" not in one.name
+            if one.name == "LoadCredential":
+                assert one.value.partition(":")[2].startswith("/run/dcv-")
+
+
 def test_only_the_gateways_user_may_ask_the_collector() -> None:
     socket = SYSTEMD / "dcv-attester.socket"
     assert values(socket, "SocketUser") == values(GATEWAY, "User")
@@ -175,6 +225,7 @@ LIMITS = {
         "dcv.service": 1.5,
         "dcv-attester.service": 1.3,
         "dcv-operator.service": 1.3,
+        "dcv-credentials.service": 1.2,
         "dcv-image.service": 1.3,
         "dcv-model.service": 4.5,
     },
