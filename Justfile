@@ -115,7 +115,7 @@ image-measure *ARGS:
 # Boot the built test image and others that must be refused, and look at them from outside (minutes)
 [group('image')]
 image-test *ARGS:
-    {{python}} -m pytest -q tests/image/test_boot.py {{ARGS}}
+    {{python}} -m pytest -q tests/image/test_boot.py tests/image/test_model_volume.py {{ARGS}}
 
 # Build an image twice and compare every hash
 [group('image')]

@@ -13,7 +13,9 @@ The commit's time is the time of every file.
 The root's packages are those of image/packages/PROFILE.txt, by hash: from the cache, else from the
 mirrors. Debian removes a package some time after its successor came out; then the build ends with
 status 69 and names it. `--lock` takes what the mirrors have now and writes the list anew,
-`--unlocked` takes that for this build and leaves the list alone.
+`--unlocked` takes that for this build and leaves the list alone. `--lock --only packages` writes the
+list and makes no image; the gpu profile, which compiles modules for the kernel that its list names,
+has no other way.
 """
 
 from __future__ import annotations
@@ -32,12 +34,26 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
 ROOT: Final = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this is a script, of a folder that is none of Python's
+
+from image import clouds, nvidia_driver  # noqa: E402
+from image.common import (  # noqa: E402
+    BuildError,
+    PackagesGoneError,
+    copy,
+    read,
+    remove,
+    run,
+    said,
+    sha256,
+)
+
 IMAGE: Final = ROOT / "image"
 PROFILES: Final = ("gpu", "cpu", "test")
 OUTPUTS: Final = ("metal", "azure", "gcp")
@@ -50,16 +66,25 @@ INITRD_APPLETS: Final = (
     *("cat", "cut", "echo", "false", "grep", "mount", "sed", "sh", "sleep", "switch_root", "tr"),
 )
 
+SDK_PYTHON: Final = "/opt/dcv/nvidia-sdk/bin/python"
+"""Where NVIDIA's attestation SDK is, in an image whose configuration asks for it."""
+
+MODEL_VOLUME: Final = re.compile(
+    r"DATA=/dev/disk/by-partlabel/dcv-model\n"
+    r"HASH=/dev/disk/by-partlabel/dcv-model-verity\n"
+    r"ROOT=[0-9a-f]{64}\n"
+)
+"""What dcv-model.service reads: nothing but the hash differs between volumes."""
+
+MODEL_MOUNT: Final = "/run/dcv-model"
+
+MODULE_PACKAGES: Final = (
+    *("coreutils", "dash", "diffutils", "findutils", "gcc-14", "grep", "make", "mawk", "sed"),
+)
+"""What kernel modules are compiled with, besides the headers of the image's kernel."""
+
 EX_UNAVAILABLE: Final = 69
 """A locked package is nowhere to be had (sysexits.h)."""
-
-
-class BuildError(Exception):
-    """What is missing or wrong, in one line for whoever builds."""
-
-
-class PackagesGoneError(BuildError):
-    """Locked packages that neither the cache nor a mirror has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +96,9 @@ class Build:
         lock: the root's Debian packages, a `Package` a line.
         config: what is measured instead of the profile's own configuration.
         firmware: options of image/measure about machines that start the UKI themselves.
+        model_volume: of image/model_volume.py, where the weights are a disk of their own.
+        driver: NVIDIA's file. driver_lock: which one it has to be.
+        rims: folder with manifests of NVIDIA's, `<RIM id>.xml`.
     """
 
     profile: str
@@ -84,6 +112,15 @@ class Build:
     lock: Path
     config: Path | None = None
     firmware: tuple[str, ...] = ()
+    model_volume: Path | None = None
+    driver: Path | None = None
+    driver_lock: Path | None = None
+    rims: Path | None = None
+
+    @property
+    def module_lock(self) -> Path:
+        """What the driver's modules are compiled with, in the same form; none of it is in the root."""
+        return self.lock.with_name(f"{self.lock.stem}-modules.txt")
 
     @property
     def tools(self) -> Path:
@@ -122,7 +159,14 @@ def main() -> int:
     )
     parser.add_argument("profile", choices=PROFILES)
     parser.add_argument("--output", choices=OUTPUTS, default="metal")
-    parser.add_argument("--nvidia-driver", type=Path, help="the operator's driver file (gpu)")
+    parser.add_argument("--nvidia-driver", type=Path, help="NVIDIA's file (gpu)")
+    parser.add_argument(
+        "--nvidia-driver-lock", type=Path, help="its version and SHA-256, as TOML (gpu)"
+    )
+    parser.add_argument("--rims", type=Path, help="folder with NVIDIA's manifests (gpu)")
+    parser.add_argument(
+        "--model-volume", type=Path, help="what image/model_volume.py wrote beside its disk"
+    )
     parser.add_argument("--work", type=Path, help="scratch; default: below the cache")
     parser.add_argument("--out", type=Path, help="results; default: image/out/PROFILE")
     parser.add_argument("--config", type=Path, help="measured instead of the profile's own")
@@ -148,8 +192,18 @@ def main() -> int:
         action="store_true",
         help="take what the mirrors have now, for this build",
     )
-    parser.add_argument("--only", choices=("tools", "stage", "initrd"), help="stop after this step")
+    parser.add_argument(
+        "--only", choices=("tools", "packages", "stage", "initrd"), help="stop after this step"
+    )
     arguments = parser.parse_args()
+    from_mirrors = arguments.lock or arguments.unlocked
+    given = (arguments.nvidia_driver, arguments.nvidia_driver_lock, arguments.rims)
+    if arguments.profile != "gpu" and any(given):
+        parser.error("NVIDIA's driver and manifests are for gpu alone")
+    if arguments.only == "packages" and not arguments.lock:
+        parser.error("`--only packages` writes a lock: it needs `--lock`")
+    if arguments.profile == "gpu" and from_mirrors and arguments.only != "packages":
+        parser.error("gpu compiles for the kernel of its lock: first `--lock --only packages`")
     try:
         build = plan(
             arguments.profile,
@@ -160,17 +214,27 @@ def main() -> int:
             config=arguments.config,
             firmware=firmware_options(arguments),
         )
+        build = replace(
+            build,
+            model_volume=arguments.model_volume,
+            driver=arguments.nvidia_driver,
+            driver_lock=arguments.nvidia_driver_lock,
+            rims=arguments.rims,
+        )
         make_tools(build)
         if arguments.only == "tools":
             return 0
-        make_stage(build, driver=arguments.nvidia_driver)
+        if arguments.only == "packages":
+            lock_packages(build)
+            return 0
+        make_stage(build)
         if arguments.only == "stage":
             return 0
         make_initrd(build)
         if arguments.only == "initrd":
             return 0
-        make_image(build, from_mirrors=arguments.lock or arguments.unlocked)
-        if arguments.lock or arguments.unlocked:
+        make_image(build, from_mirrors=from_mirrors)
+        if from_mirrors:
             write_lock(build, build.packages)
         if arguments.lock:
             shutil.copy(build.packages, build.lock)
@@ -195,10 +259,10 @@ def plan(
 ) -> Build:
     """What is built, from the checkout: version, commit and time."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    commit = _said("git", "-C", ROOT, "rev-parse", "HEAD")
-    if _said("git", "-C", ROOT, "status", "--porcelain"):
+    commit = said("git", "-C", ROOT, "rev-parse", "HEAD")
+    if said("git", "-C", ROOT, "status", "--porcelain"):
         commit += "+changes"  # never mistaken for the commit
-    epoch = int(_said("git", "-C", ROOT, "log", "-1", "--format=%ct"))
+    epoch = int(said("git", "-C", ROOT, "log", "-1", "--format=%ct"))
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = (configured if configured.is_absolute() else Path.home() / ".cache") / "dcv" / "image"
     return Build(
@@ -249,10 +313,10 @@ def make_tools(build: Build) -> None:
         return
     sources = "".join(source.line for source in debian_sources("trixie"))
     partial = build.tools.with_suffix(".partial")
-    _remove(partial)
+    remove(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     excluded = ("doc", "man", "locale", "info")
-    _run(
+    run(
         *("mmdebstrap", "--variant=apt", "--mode=auto", "--skip=output/dev", "--format=directory"),
         *(f"--dpkgopt=path-exclude=/usr/share/{one}/*" for one in excluded),
         *(f"--aptopt={option}" for option in apt_options()),
@@ -297,9 +361,9 @@ def debian_sources(suite: str) -> list[Source]:
         BuildError: there is none.
     """
     own = tomllib.loads(
-        re.sub(r"^(\w+)=([^\"\n]*)$", r'\1="\2"', _read("/etc/os-release"), flags=re.MULTILINE)
+        re.sub(r"^(\w+)=([^\"\n]*)$", r'\1="\2"', read("/etc/os-release"), flags=re.MULTILINE)
     ).get("VERSION_CODENAME", "")
-    listed = _said(
+    listed = said(
         *("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)"),
         "Created-By: Packages",
     )
@@ -321,7 +385,7 @@ def debian_sources(suite: str) -> list[Source]:
 def apt_options() -> list[str]:
     """What this machine's apt needs to reach its mirrors: proxies, and whether dates are checked."""
     wanted = re.compile(r"Acquire::(https?|Check-)")
-    lines = _said("apt-config", "dump").splitlines()
+    lines = said("apt-config", "dump").splitlines()
     return [line.removesuffix(";") for line in lines if wanted.match(line) and '""' not in line]
 
 
@@ -334,9 +398,9 @@ def package_list(path: Path) -> list[str]:
 # 2. Stage.
 
 
-def make_stage(build: Build, *, driver: Path | None) -> None:
+def make_stage(build: Build) -> None:
     """Everything of ours that goes into the root, with fixed modes and times."""
-    _remove(build.stage)
+    remove(build.stage)
     build.stage.mkdir(parents=True)
     make_environment(build)
     install_units(build)
@@ -347,7 +411,11 @@ def make_stage(build: Build, *, driver: Path | None) -> None:
         case "cpu":
             install_engine(build)
         case "gpu":
-            check_driver(driver)
+            # What an operator gave wrong comes out in seconds, compiling and fetching take long.
+            install_rims(build)
+            install_sdk(build)
+            install_driver(build)
+            install_gpu_engine(build)
     refuse_simulated(build.stage)
     for path in sorted(build.stage.rglob("*")):
         if not path.is_symlink():
@@ -360,16 +428,16 @@ def make_environment(build: Build) -> None:
     """`/opt/dcv/appliance`: the lock's wheels, then ours."""
     home = build.stage / "opt/dcv/appliance"
     wheels = build.work / "wheels"
-    _remove(wheels)
+    remove(wheels)
     # The checkout's own environment has the build backend that the development lock pins.
-    _run(
+    run(
         *(ROOT / ".venv/bin/python", "-m", "hatchling", "build", "-t", "wheel", "-d", wheels),
         cwd=ROOT,
         env={"SOURCE_DATE_EPOCH": str(build.epoch)},
     )
     (wheel,) = wheels.glob("*.whl")
     packages = install_packages(home, "appliance")
-    _run(*PIP_INSTALL, "--target", packages, "--no-index", wheel)
+    run(*PIP_INSTALL, "--target", packages, "--no-index", wheel)
     remove_simulated(packages)
     finish_environment(build, home)
     script = home / "bin/dcv"
@@ -392,7 +460,7 @@ def install_packages(home: Path, *locks: str) -> Path:
     packages = home / "lib/python3.11/site-packages"
     packages.mkdir(parents=True)
     lists = [word for lock in locks for word in ("-r", IMAGE / f"locks/{lock}.txt")]
-    _run(
+    run(
         *(*PIP_INSTALL, "--target", packages),
         *("--require-hashes", "--only-binary", ":all:", *lists),
     )
@@ -404,7 +472,7 @@ def finish_environment(build: Build, home: Path) -> None:
     root is read-only."""
     packages = home / "lib/python3.11/site-packages"
     for bundled in (packages / "bin", packages / "tests"):
-        _remove(bundled)
+        remove(bundled)
     for metadata in packages.glob("*.dist-info"):
         for name in ("direct_url.json", "REQUESTED", "INSTALLER"):
             (metadata / name).unlink(missing_ok=True)  # where it came from is not part of it
@@ -436,7 +504,7 @@ def _keep_true(record: Path) -> None:
 def remove_simulated(packages: Path) -> None:
     """No simulated evidence in an image: neither its code nor its keys nor its roots."""
     for path in sorted((packages / "appliance").rglob("*simulated*")):
-        _remove(path)
+        remove(path)
 
 
 def refuse_simulated(stage: Path) -> None:
@@ -457,11 +525,11 @@ def install_units(build: Build) -> None:
     usr_lib = build.stage / "usr/lib"
     for path in sorted((ROOT / "systemd").iterdir()):
         if path.name not in ("README.md", "profiles"):
-            _copy(path, usr_lib / UNIT_PLACES.get(path.name, f"systemd/system/{path.name}"))
+            copy(path, usr_lib / UNIT_PLACES.get(path.name, f"systemd/system/{path.name}"))
     for name in (build.profile, build.output):
         folder = ROOT / "systemd/profiles" / name
         if folder.is_dir():
-            _copy(folder, usr_lib / "systemd/system")
+            copy(folder, usr_lib / "systemd/system")
 
 
 UNIT_PLACES: Final = {
@@ -475,18 +543,20 @@ UNIT_PLACES: Final = {
 def install_files(build: Build) -> None:
     """Configuration, firewall and os-release of this build."""
     share = build.stage / "usr/share/dcv"
-    _copy(measured_config(build), share / "dcv.toml")
-    _copy(IMAGE / "mkosi/masked-units", share / "masked-units")
-    _copy(IMAGE / "mkosi/nftables.conf", build.stage / "etc/nftables.conf")
+    copy(measured_config(build), share / "dcv.toml")
+    copy(IMAGE / "mkosi/masked-units", share / "masked-units")
+    copy(IMAGE / "mkosi/nftables.conf", build.stage / "etc/nftables.conf")
     (build.stage / "etc/nftables.d").mkdir()
     (build.stage / "etc/nftables.d/config.nft").write_text(
-        firewall_rules(_read(measured_config(build)), build.output), encoding="utf-8"
+        firewall_rules(read(measured_config(build)), build.output), encoding="utf-8"
     )
-    _copy(IMAGE / "mkosi/files" / "common", build.stage / "usr/lib/dcv")
+    copy(IMAGE / "mkosi/files" / "common", build.stage / "usr/lib/dcv")
     for name in (build.profile, build.output):
         folder = IMAGE / "mkosi/files" / name
         if folder.is_dir():
-            _copy(folder, build.stage / "usr/lib/dcv")
+            copy(folder, build.stage / "usr/lib/dcv")
+    if volume := model_volume(build):
+        (share / "model-volume").write_text(volume, encoding="utf-8")
     release = {
         "ID": "dcv",
         "ID_LIKE": "debian",
@@ -500,6 +570,24 @@ def install_files(build: Build) -> None:
     }
     text = "".join(f'{key}="{value}"\n' for key, value in release.items())
     (build.stage / "usr/lib/os-release").write_text(text, encoding="utf-8")
+
+
+def model_volume(build: Build) -> str:
+    """What dcv-model.service opens; empty where the image carries its model.
+
+    Raises:
+        BuildError: it is another file, or the configuration does not look where it is mounted.
+    """
+    if build.model_volume is None:
+        if build.profile == "gpu":
+            raise BuildError("the gpu profile needs --model-volume FILE (image/model_volume.py)")
+        return ""
+    text = read(build.model_volume) if build.model_volume.is_file() else ""
+    if not MODEL_VOLUME.fullmatch(text):
+        raise BuildError("--model-volume: not what image/model_volume.py wrote")
+    if tomllib.loads(read(measured_config(build)))["model"]["path"] != MODEL_MOUNT:
+        raise BuildError(f"[model] path: a volume is mounted at {MODEL_MOUNT}")
+    return text
 
 
 def measured_config(build: Build) -> Path:
@@ -541,11 +629,11 @@ def install_stand_in(build: Build) -> None:
     (lib / "__init__.py").touch()
     (lib / "fakes/__init__.py").touch()
     for name in ("engine", "dialect", "model", "modes", "request"):
-        _copy(ROOT / f"tests/fakes/sglang_{name}.py", lib / f"fakes/sglang_{name}.py")
+        copy(ROOT / f"tests/fakes/sglang_{name}.py", lib / f"fakes/sglang_{name}.py")
     model = build.stage / "usr/share/dcv/model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}", encoding="utf-8")
-    _copy(IMAGE / "mkosi/test-tpm-root.pem", build.stage / "usr/share/dcv/tpm-root.pem")
+    copy(IMAGE / "mkosi/test-tpm-root.pem", build.stage / "usr/share/dcv/tpm-root.pem")
 
 
 def install_engine(build: Build) -> None:
@@ -553,35 +641,120 @@ def install_engine(build: Build) -> None:
     home = build.stage / "opt/dcv/engine"
     install_packages(home, "torch-cpu", "engine-cpu")
     finish_environment(build, home)
-    _copy(ROOT / "appliance/engine/cpu/path", build.stage / "opt/dcv/engine-cpu")
+    copy(ROOT / "appliance/engine/cpu/path", build.stage / "opt/dcv/engine-cpu")
     for cached in (build.stage / "opt/dcv/engine-cpu").rglob("__pycache__"):
-        _remove(cached)
+        remove(cached)
     # Beside the development scripts, which know where `just setup` puts it.
     sys.path.append(str(IMAGE / "development"))
     from paths import model_digests, model_directory  # noqa: PLC0415
 
     model = build.stage / "usr/share/dcv/model"
     for name, digest in model_digests().items():
-        _copy(model_directory() / name, model / name)
-        if _sha256(model / name) != digest:
+        copy(model_directory() / name, model / name)
+        if sha256(model / name) != digest:
             raise BuildError(f"{name} of the model is not the lock's: run `just setup` again")
-    _copy(IMAGE / "mkosi/test-tpm-root.pem", build.stage / "usr/share/dcv/tpm-root.pem")
+    copy(IMAGE / "mkosi/test-tpm-root.pem", build.stage / "usr/share/dcv/tpm-root.pem")
 
 
-def check_driver(driver: Path | None) -> None:
-    """The operator's NVIDIA driver is the one that image/locks/nvidia-driver.toml names.
+def install_gpu_engine(build: Build) -> None:
+    """SGLang as its authors release it, with CUDA's libraries."""
+    home = build.stage / "opt/dcv/engine"
+    install_packages(home, "engine-gpu")
+    finish_environment(build, home)
+
+
+def install_sdk(build: Build) -> None:
+    """NVIDIA's attestation SDK, if the measured configuration asks for its opinion.
 
     Raises:
-        BuildError: it is not there, not named, or another file.
+        BuildError: it is asked for where it is not.
     """
-    lock = IMAGE / "locks/nvidia-driver.toml"
-    if not lock.exists():
-        raise BuildError("the gpu profile needs image/locks/nvidia-driver.toml (image/README.md)")
-    expected = tomllib.loads(lock.read_text(encoding="utf-8"))["sha256"]
-    if driver is None or not driver.is_file():
-        raise BuildError("the gpu profile needs --nvidia-driver FILE (image/README.md)")
-    if (got := _sha256(driver)) != expected:
-        raise BuildError(f"--nvidia-driver: expected SHA-256 {expected}, got {got}")
+    attestation = tomllib.loads(read(measured_config(build)))["attestation"]
+    if attestation.get("nvidia_sdk", "off") == "off":
+        return
+    if attestation.get("nvidia_sdk_python") != SDK_PYTHON:
+        raise BuildError(f"[attestation] nvidia_sdk_python: in an image it is {SDK_PYTHON}")
+    home = build.stage / "opt/dcv/nvidia-sdk"
+    install_packages(home, "nvidia-sdk")
+    finish_environment(build, home)
+
+
+def install_rims(build: Build) -> None:
+    """NVIDIA's manifests for the folder of `rim_dirs`; among them that of the driver, which the image
+    fixes. They are signed, and authenticated where they are used: here only names are looked at.
+
+    Raises:
+        BuildError: that one is not there, or a file is none.
+    """
+    if build.rims is None:
+        return
+    version = nvidia_driver.read_lock(build.driver_lock).version
+    files = sorted(build.rims.iterdir()) if build.rims.is_dir() else []
+    for file in files:
+        if not re.fullmatch(r"NV_[A-Za-z0-9_.]{1,200}\.xml", file.name) or not file.is_file():
+            raise BuildError(f"--rims: {file.name} is not named as a manifest, <RIM id>.xml")
+        copy(file, build.stage / "usr/share/dcv/rims" / file.name)
+    wanted = f"NV_GPU_DRIVER_GH100_{version}.xml"
+    if wanted not in {file.name for file in files}:
+        raise BuildError(f"--rims: {wanted} is not there")
+
+
+def install_driver(build: Build) -> None:
+    """The operator's NVIDIA driver: unpacked, and its modules compiled for the kernel of the lock.
+
+    Raises:
+        BuildError: it is not the one that was named, or it does not compile.
+    """
+    lock = nvidia_driver.read_lock(build.driver_lock)
+    unpacked = build.work / "driver"
+    remove(unpacked)
+    nvidia_driver.unpack(build.driver, lock, unpacked)
+    nvidia_driver.install(unpacked, lock.version, build.stage)
+    kernel = locked_kernel(build.lock, "linux-image-")
+    if locked_kernel(build.module_lock, "linux-headers-") != kernel:
+        raise BuildError(f"{build.module_lock.name} is for another kernel than {build.lock.name}")
+    nvidia_driver.compile_modules(
+        unpacked,
+        tree=make_module_tree(build),
+        kernel=kernel,
+        epoch=build.epoch,
+        stage=build.stage,
+    )
+
+
+def locked_kernel(lock: Path, prefix: str) -> str:
+    """The release of the one kernel in a lock, by the package that is named after it."""
+    found = {
+        match[1]
+        for line in package_list(lock)
+        if (match := re.fullmatch(rf"{prefix}([0-9]\S*-cloud-amd64) .*", line))
+    }
+    if len(found) != 1:
+        raise BuildError(f"{lock.name} names {len(found)} kernels")
+    return found.pop()
+
+
+def module_tree(build: Build) -> Path:
+    """Where compiler and kernel headers are, once they are; named by what is in it."""
+    return build.cache / f"modules-{sha256(build.module_lock)[:16]}"
+
+
+def make_module_tree(build: Build) -> Path:
+    """The packages of the module lock, unpacked and not installed: no script of theirs runs."""
+    tree = module_tree(build)
+    if tree.exists():
+        return tree
+    partial = tree.with_suffix(".partial")
+    remove(partial)
+    for name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "build", "dev", "proc", "tmp"):
+        (partial / name).mkdir(parents=True)
+    for name in ("bin", "sbin", "lib", "lib64"):
+        (partial / name).symlink_to(f"usr/{name}")
+    for package in locked_packages(replace(build, lock=build.module_lock)):
+        run("dpkg-deb", "--extract", package, partial)
+    (partial / "usr/bin/awk").symlink_to("mawk")  # an alternative, which installing would choose
+    partial.rename(tree)
+    return tree
 
 
 # 3. Initrd.
@@ -590,7 +763,7 @@ def check_driver(driver: Path | None) -> None:
 def make_initrd(build: Build) -> None:
     """busybox, veritysetup, blkid and modprobe with their libraries, and image/initrd/init."""
     tree = build.work / "initrd"
-    _remove(tree)
+    remove(tree)
     for name in ("bin", "dev", "proc", "sys", "run", "newroot", "tmp"):
         (tree / name).mkdir(parents=True)
     libraries = tree / "usr/lib/x86_64-linux-gnu"
@@ -633,7 +806,7 @@ def needed_libraries(tools: Path, programs: Sequence[str]) -> list[Path]:
     folder = loader.parent
     found = {loader}
     for program in programs:
-        listed = _said(loader, "--library-path", folder, "--list", tools / program)
+        listed = said(loader, "--library-path", folder, "--list", tools / program)
         for line in listed.splitlines():
             if (match := re.search(r"=> (\S+) \(", line)) and "vdso" not in line:
                 found.add(folder / Path(match[1]).name)
@@ -689,7 +862,7 @@ def locked_packages(build: Build) -> list[Path]:
             )
     files = [build.archives / one.file_name for one in packages]
     for package, path in zip(packages, files, strict=True):
-        if (got := _sha256(path)) != package.sha256:
+        if (got := sha256(path)) != package.sha256:
             raise BuildError(f"{path}: expected SHA-256 {package.sha256}, got {got}")
     return files
 
@@ -717,75 +890,135 @@ def fetch_package(build: Build, package: Package, mirrors: Sequence[str]) -> boo
         if done.returncode == 0:
             partial.rename(target)
             return True
-        _remove(partial)
+        remove(partial)
     return False
 
 
 APT_HELPER: Final = "/usr/lib/apt/apt-helper"
 
 
+def lock_packages(build: Build) -> None:
+    """Resolve a profile's packages and write its lock, without an appliance and without an image.
+
+    For gpu also what its modules are compiled with, for the same kernel.
+    """
+    resolved = replace(build, out=build.work / "resolved")
+    remove(build.stage)
+    build.stage.mkdir(parents=True)
+    install_units(build)
+    copy(IMAGE / "mkosi/masked-units", build.stage / "usr/share/dcv/masked-units")
+    make_image(resolved, "--format=directory", "--bootable=no", from_mirrors=True)
+    write_lock(resolved, build.lock)
+    if build.profile == "gpu":
+        write_module_lock(build)
+
+
 def write_lock(build: Build, file: Path) -> None:
     """What is in the image that was just built, from its manifest."""
-    manifest = json.loads(_read(build.out / f"dcv-{build.profile}.manifest"))
-    places = pool_paths(build)
-    lines = [
-        f"# Debian packages of the {build.profile} profile, made by `image/build.py --lock`: name,",
-        "# version, architecture, SHA-256, path on a mirror. A build takes these files and no others.",
-    ]
-    for item in sorted(manifest["packages"], key=lambda item: str(item["name"])):
+    manifest = json.loads(read(build.out / f"dcv-{build.profile}.manifest"))
+    indexed = {one.sha256: one for one in mirror_packages(apt_state(build))}
+    packages = []
+    for item in manifest["packages"]:
         package = Package(item["name"], item["version"], item["architecture"], "", "")
-        digest = _sha256(build.archives / package.file_name)
-        if digest not in places:
+        digest = sha256(build.archives / package.file_name)
+        if digest not in indexed:
             raise BuildError(
                 f"the mirrors' indexes went on while this was built, {package.name} is not in them"
                 " any more: once again"
             )
-        lines.append(
-            f"{package.name} {package.version} {package.architecture} {digest} {places[digest]}"
-        )
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        packages.append(replace(package, sha256=digest, pool_path=indexed[digest].pool_path))
+    write_packages(
+        file,
+        f"# Debian packages of the {build.profile} profile, made by `image/build.py --lock`: name,\n"
+        "# version, architecture, SHA-256, path on a mirror. A build takes these files and no others.",
+        packages,
+    )
 
 
-def pool_paths(build: Build) -> dict[str, str]:
-    """SHA-256 to path, of every package in the mirrors' indexes; from lists of apt's of our own."""
+def write_module_lock(build: Build) -> None:
+    """What apt would install beside the headers of the locked kernel, on a machine with nothing."""
+    options = apt_state(build)
+    headers = f"linux-headers-{locked_kernel(build.lock, 'linux-image-')}"
+    listed = said(
+        *("apt-get", *options, "-qq", "--no-install-recommends", "--print-uris", "install"),
+        *(*MODULE_PACKAGES, headers),
+    )
+    indexed = {one.file_name: one for one in mirror_packages(options)}
+    write_packages(
+        build.module_lock,
+        "# What the driver's kernel modules are compiled with, made by `image/build.py gpu --lock`:\n"
+        "# headers of the kernel of gpu.txt, a compiler, and what they need. None of it is in the image.",
+        [indexed[line.split()[1]] for line in listed.splitlines()],
+    )
+
+
+def write_packages(file: Path, head: str, packages: Sequence[Package]) -> None:
+    """A lock, in the order of names."""
+    lines = [
+        f"{one.name} {one.version} {one.architecture} {one.sha256} {one.pool_path}"
+        for one in sorted(packages, key=lambda one: one.name)
+    ]
+    file.write_text("\n".join([head, *lines]) + "\n", encoding="utf-8")
+
+
+def apt_state(build: Build) -> list[str]:
+    """Options for an apt of our own, which knows the image's suites and of no installed package."""
     state = build.work / "apt"
-    _remove(state)
+    remove(state)
     for name in ("lists/partial", "archives/partial", "parts"):
         (state / name).mkdir(parents=True)
     (state / "status").touch()
     sources = debian_sources("trixie") + debian_sources("bookworm")
     (state / "sources.list").write_text("".join(one.line for one in sources), encoding="utf-8")
+    (state / "preferences").write_text(PREFERENCES, encoding="utf-8")
     settings = {
         "Dir::State": state,
         "Dir::State::status": state / "status",
         "Dir::Cache": state,
         "Dir::Etc::SourceList": state / "sources.list",
         "Dir::Etc::SourceParts": state / "parts",
+        "Dir::Etc::Preferences": state / "preferences",
+        "Dir::Etc::PreferencesParts": state / "parts",
         "Acquire::Languages": "none",
         "APT::Sandbox::User": "root",
     }
     options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
-    _run("apt-get", "-qq", *options, "update")
-    found: dict[str, str] = {}
+    run("apt-get", "-qq", *options, "update")
+    return options
+
+
+PREFERENCES: Final = "Package: *\nPin: release n=bookworm*\nPin-Priority: 100\n"
+"""Debian 12 is for its python3.11 only: what trixie has comes from trixie."""
+
+
+def mirror_packages(options: Sequence[str]) -> list[Package]:
+    """Every package in the mirrors' indexes."""
+    found = []
     listed = ("indextargets", "--format", "$(FILENAME)", "Created-By: Packages")
-    for index in _said("apt-get", *options, *listed).splitlines():
-        for stanza in _said(APT_HELPER, *options, "cat-file", index).split("\n\n"):
-            fields = dict(re.findall(r"^(Filename|SHA256): (\S+)$", stanza, re.MULTILINE))
-            if len(fields) == 2:
-                found.setdefault(fields["SHA256"], fields["Filename"])
+    names = ("Package", "Version", "Architecture", "SHA256", "Filename")
+    field = re.compile(rf"^({'|'.join(names)}): (\S+)$", re.MULTILINE)
+    for index in said("apt-get", *options, *listed).splitlines():
+        for stanza in said(APT_HELPER, *options, "cat-file", index).split("\n\n"):
+            fields = dict(field.findall(stanza))
+            if len(fields) == len(names):
+                found.append(Package(*(fields[name] for name in names)))
     return found
 
 
-def make_image(build: Build, *, from_mirrors: bool) -> None:
-    """Run trixie's mkosi on this machine's Python, on the locked packages or on the mirrors'."""
+def make_image(build: Build, *settings: str, from_mirrors: bool) -> None:
+    """Run trixie's mkosi on this machine's Python, on the locked packages or on the mirrors'.
+
+    Args:
+        settings: as mkosi spells them, in place of those of image/mkosi.
+    """
     sandbox = build.work / "sandbox"
-    _remove(sandbox)
+    remove(sandbox)
     apt = sandbox / "etc/apt"
     for name in ("sources.list.d", "apt.conf.d", "preferences.d"):
         (apt / name).mkdir(parents=True)
     # mkosi leaves its own list of mirrors out when this file is there.
     debs = build.work / "debs"
-    _remove(debs)
+    remove(debs)
     debs.mkdir(parents=True)
     sources: list[Source] = []
     if from_mirrors:
@@ -795,20 +1028,18 @@ def make_image(build: Build, *, from_mirrors: bool) -> None:
             shutil.copy(path, debs)
     (apt / "sources.list.d/mkosi.sources").write_text("".join(one.stanza for one in sources))
     (apt / "apt.conf.d/99host").write_text("".join(f"{option};\n" for option in apt_options()))
-    # Debian 12 is for its python3.11 only: what trixie has comes from trixie.
-    (apt / "preferences.d/10-dcv").write_text(
-        "Package: *\nPin: release n=bookworm*\nPin-Priority: 100\n"
-    )
+    (apt / "preferences.d/10-dcv").write_text(PREFERENCES)
     for path in (build.out, build.cache / "packages", build.work / "mkosi"):
         path.mkdir(parents=True, exist_ok=True)
     for old in (*build.out.glob(f"dcv-{build.profile}*"), build.out / "reference-values.json"):
-        _remove(old)
-    _run(
+        remove(old)
+    run(
         *(sys.executable, "-m", "mkosi", "--force", "--directory", IMAGE / "mkosi"),
         *("--tools-tree", build.tools, "--sandbox-tree", sandbox),
         *("--profile", build.profile, "--image-version", build.version),
         *("--source-date-epoch", str(build.epoch)),
         *("--initrd", build.initrd, "--extra-tree", build.stage),
+        *settings,
         *("--output", f"dcv-{build.profile}", "--output-directory", build.out),
         *("--package-directory", debs),
         *("--package-cache-directory", build.cache / "packages"),
@@ -823,92 +1054,20 @@ def make_image(build: Build, *, from_mirrors: bool) -> None:
 def make_output(build: Build) -> None:
     """The cloud's form of the disk, and the reference values."""
     disk = build.out / f"dcv-{build.profile}.raw"
-    _run(
+    run(
         *(ROOT / ".venv/bin/python", "-m", "image.measure", build.out / f"dcv-{build.profile}.efi"),
         *("--version", build.version, "--commit", build.commit, "--profile", build.profile),
         *("--out", build.out / "reference-values.json"),
         *build.firmware,
         cwd=ROOT,
     )
-    if build.output == "azure":  # a fixed VHD; Azure wants whole MiB
-        size = -(-disk.stat().st_size // (1 << 20)) << 20
-        os.truncate(disk, size)
-        options = "subformat=fixed,force_size"
-        _run(
-            "qemu-img",
-            "convert",
-            "-f",
-            "raw",
-            "-O",
-            "vpc",
-            "-o",
-            options,
-            disk,
-            disk.with_suffix(".vhd"),
-        )
-    elif build.output == "gcp":  # the name and the form are Google's
-        _run(
-            *("tar", "--format=oldgnu", "--sort=name", "--owner=0", "--group=0", "--numeric-owner"),
-            *(f"--mtime=@{build.epoch}", "--transform=s/.*/disk.raw/", "-Sczf"),
-            *(disk.with_suffix(".tar.gz"), "-C", disk.parent, disk.name),
-        )
-
-
-# Helpers.
-
-
-def _run(
-    *command: str | Path,
-    stdin: str | None = None,
-    cwd: Path | None = None,
-    env: dict[str, str] | None = None,
-) -> None:
-    done = subprocess.run(
-        [str(one) for one in command],
-        input=stdin,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        check=False,
-    )
-    if done.returncode:
-        raise BuildError(f"{Path(command[0]).name} ended with {done.returncode}")
-
-
-def _said(*command: str | Path) -> str:
-    try:
-        done = subprocess.run(
-            [str(one) for one in command], stdout=subprocess.PIPE, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{Path(command[0]).name}: {error}") from error
-    return done.stdout.strip()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(path: str | Path) -> str:
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-    elif source.is_file():
-        shutil.copy(source, target)
-    else:
-        raise BuildError(f"{source.name} is missing")
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
-        shutil.rmtree(path)
+    match build.output:
+        case "azure":
+            clouds.write_vhd(disk, disk.with_suffix(".vhd"), epoch=build.epoch)
+        case "gcp":
+            clouds.write_gcp_tar(disk, disk.with_suffix(".tar.gz"), epoch=build.epoch)
+    if build.driver_lock is not None:
+        copy(build.driver_lock, build.out / "nvidia-driver.toml")  # for who builds it again
 
 
 if __name__ == "__main__":

@@ -93,9 +93,10 @@ def flip_one_bit(disk: Path, offset: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def make_disk(disk: Path, contents: Mapping[str, bytes]) -> None:
-    """A disk of partitions of 1 MiB each: their names, and what lies at their beginning."""
-    sectors = (len(contents) + 2) * PER_MIB
+def make_disk(disk: Path, contents: Mapping[str, bytes], *, more_sectors: int = 0) -> None:
+    """A disk of partitions of 1 MiB each: their names, and what lies at their beginning; whole MiB,
+    and as much more as is asked for."""
+    sectors = (len(contents) + 2) * PER_MIB + more_sectors
     entries, disk_id = bytearray(ENTRIES * ENTRY_BYTES), uuid.uuid4().bytes_le
     with disk.open("wb") as file:
         file.truncate(sectors * SECTOR)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -17,10 +19,14 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from appliance.config import parse_config
 from appliance.verifier.check import load_rules
 from image import boot, build
+from image.common import BuildError, PackagesGoneError
+from tests.image.unit_files import directives, unit_files
 
 ROOT = Path(__file__).parent.parent.parent
 IMAGE = ROOT / "image"
 MKOSI = IMAGE / "mkosi"
+
+TOOLS = build.plan("test", "metal").tools
 
 TEXTS = sorted(
     path
@@ -125,7 +131,7 @@ def test_an_environment_keeps_its_wheels_lists_without_what_was_taken_out(tmp_pa
 def test_a_simulated_file_from_elsewhere_stops_the_build(tmp_path: Path) -> None:
     (tmp_path / "opt").mkdir()
     (tmp_path / "opt/Simulated_tpm.pem").touch()
-    with pytest.raises(build.BuildError, match=r"opt/Simulated_tpm\.pem"):
+    with pytest.raises(BuildError, match=r"opt/Simulated_tpm\.pem"):
         build.refuse_simulated(tmp_path)
 
 
@@ -198,20 +204,143 @@ def test_the_firewall_lets_in_the_public_port_and_drops_the_rest() -> None:
     assert accepted == ["tcp dport 8443 accept", "udp sport 67 udp dport 68 accept"]
 
 
-def test_the_driver_has_to_be_the_one_that_was_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "locks").mkdir()
-    monkeypatch.setattr(build, "IMAGE", tmp_path)
-    with pytest.raises(build.BuildError, match=r"nvidia-driver\.toml"):
-        build.check_driver(None)
-    (tmp_path / "locks/nvidia-driver.toml").write_text(f'sha256 = "{"0" * 64}"\n')
-    with pytest.raises(build.BuildError, match="--nvidia-driver FILE"):
-        build.check_driver(None)
-    driver = tmp_path / "driver.run"
-    driver.write_bytes(b"driver")
-    with pytest.raises(build.BuildError, match="expected SHA-256 0000"):
-        build.check_driver(driver)
+def a_gpu_build(
+    tmp_path: Path, attestation: str = "", path: str = build.MODEL_MOUNT
+) -> build.Build:
+    """One whose operator gave everything; nothing of it is there yet but what is measured."""
+    config = tmp_path / "dcv.toml"
+    config.write_text(
+        f'[attestation]\ncpu = "tdx"\ngpu = "nvidia"\n{attestation}[model]\npath = "{path}"\n'
+    )
+    driver_lock = tmp_path / "nvidia-driver.toml"
+    driver_lock.write_text(f'version = "580.0.1"\nsha256 = "{"0" * 64}"\n')
+    volume = tmp_path / "model.raw.volume"
+    volume.write_text(VOLUME)
+    return build.Build(
+        *("gpu", "metal", "abc", "0.1.0", 0, tmp_path, tmp_path, tmp_path, tmp_path / "gpu.txt"),
+        config=config,
+        model_volume=volume,
+        driver_lock=driver_lock,
+        rims=tmp_path / "rims",
+    )
+
+
+VOLUME = (
+    "DATA=/dev/disk/by-partlabel/dcv-model\n"
+    "HASH=/dev/disk/by-partlabel/dcv-model-verity\n"
+    f"ROOT={'ab' * 32}\n"
+)
+
+
+def test_the_root_of_the_weights_becomes_part_of_what_is_measured(tmp_path: Path) -> None:
+    one = a_gpu_build(tmp_path)
+    build.install_files(one)
+    assert (one.stage / "usr/share/dcv/model-volume").read_text() == VOLUME
+
+
+def test_an_image_for_gpus_without_weights_is_refused(tmp_path: Path) -> None:
+    one = a_gpu_build(tmp_path)
+    with pytest.raises(BuildError, match="needs --model-volume FILE"):
+        build.model_volume(dataclasses.replace(one, model_volume=None))
+    for wrong in ("ROOT=abc\n", VOLUME + "X=1\n", VOLUME.replace("dcv-model", "other")):
+        (tmp_path / "model.raw.volume").write_text(wrong)
+        with pytest.raises(BuildError, match=r"not what image/model_volume\.py wrote"):
+            build.model_volume(one)
+    with pytest.raises(BuildError, match="a volume is mounted at /run/dcv-model"):
+        build.model_volume(a_gpu_build(tmp_path, path="/usr/share/dcv/model"))
+
+
+def test_manifests_of_nvidia_come_with_the_one_of_the_driver(tmp_path: Path) -> None:
+    one = a_gpu_build(tmp_path)
+    rims = tmp_path / "rims"
+    rims.mkdir()
+    (rims / "NV_GPU_VBIOS_1010_0200_882_96009F0001.xml").write_text("<vbios/>")
+    with pytest.raises(BuildError, match=r"NV_GPU_DRIVER_GH100_580\.0\.1\.xml is not there"):
+        build.install_rims(one)
+    (rims / "NV_GPU_DRIVER_GH100_580.0.1.xml").write_text("<driver/>")
+    build.install_rims(one)
+    baked = sorted(path.name for path in (one.stage / "usr/share/dcv/rims").iterdir())
+    assert baked == sorted(path.name for path in rims.iterdir())
+    (rims / "README").touch()
+    with pytest.raises(BuildError, match="README is not named as a manifest"):
+        build.install_rims(one)
+
+
+def test_nvidias_sdk_is_where_the_image_has_it_or_the_build_stops(tmp_path: Path) -> None:
+    build.install_sdk(a_gpu_build(tmp_path))
+    assert not (tmp_path / "stage/opt/dcv/nvidia-sdk").exists()  # nobody asks for its opinion
+    elsewhere = 'nvidia_sdk = "record"\nnvidia_sdk_python = "/opt/sdk/bin/python"\n'
+    with pytest.raises(BuildError, match="in an image it is /opt/dcv/nvidia-sdk/bin/python"):
+        build.install_sdk(a_gpu_build(tmp_path, elsewhere))
+
+
+@pytest.mark.parametrize("name", ["azure", "gcp", "metal-snp", "metal-tdx"])
+def test_the_configurations_of_machines_with_gpus_fit_the_image(name: str) -> None:
+    config = parse_config((IMAGE / f"config/{name}.toml").read_text(), folder=Path("/"))
+    assert config.model.path == build.MODEL_MOUNT
+    assert config.attestation.rim_dirs == ("/usr/share/dcv/rims",)
+    assert config.engine.python == "/opt/dcv/engine/bin/python"
+    assert config.attestation.nvidia_sdk_python in {"", build.SDK_PYTHON}
+
+
+def test_modules_are_compiled_for_the_kernel_of_the_image() -> None:
+    one = build.plan("gpu", "metal")
+    image = build.locked_kernel(one.lock, "linux-image-")
+    assert build.locked_kernel(one.module_lock, "linux-headers-") == image
+    names = {line.split()[0] for line in build.package_list(one.module_lock)}
+    assert {f"linux-headers-{image}", *build.MODULE_PACKAGES} <= names
+    # A compiler is for the build alone.
+    root = {line.split()[0] for line in build.package_list(one.lock)}
+    assert not {name for name in root if name.startswith(("gcc-14-x", "make", "linux-headers-"))}
+
+
+def test_a_lock_with_another_kernel_is_refused(tmp_path: Path) -> None:
+    lock = tmp_path / "gpu.txt"
+    lock.write_text("linux-image-cloud-amd64 6.12.1-1 amd64 0 pool/x\n")
+    with pytest.raises(BuildError, match=r"gpu\.txt names 0 kernels"):
+        build.locked_kernel(lock, "linux-image-")
+
+
+OURS = ("/opt/dcv/", "/usr/lib/dcv/", "/usr/bin/nvidia-")
+PROGRAMS = {
+    "/usr/bin/mount": "mount",
+    "/usr/bin/systemctl": "systemd",
+    "/usr/bin/udevadm": "udev",
+    "/usr/bin/umount": "mount",
+    "/usr/lib/systemd/systemd-veritysetup": "systemd-cryptsetup",
+    "/usr/sbin/modprobe": "kmod",
+    "/usr/sbin/sysctl": "procps",
+}
+
+
+@pytest.mark.parametrize("profile", build.PROFILES)
+def test_every_program_that_a_unit_starts_is_in_a_package_of_the_profile(profile: str) -> None:
+    packages = {line.split()[0] for line in build.package_list(IMAGE / f"packages/{profile}.txt")}
+    started = {
+        one.value.lstrip("+-").split()[0]
+        for path in unit_files()
+        for one in directives(path)
+        if one.name.startswith("ExecSt") and one.value
+    }
+    for program in started:
+        assert program.startswith(OURS) or PROGRAMS[program] in packages, program
+
+
+@pytest.mark.skipif(
+    not (TOOLS / "usr/bin/mkosi").exists(), reason="no tools tree: `image/build.py test` makes it"
+)
+@pytest.mark.parametrize("profile", build.PROFILES)
+def test_mkosi_accepts_the_settings(profile: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkosi", "--directory", MKOSI, "--profile", profile, "summary"],
+        env={**os.environ, "PYTHONPATH": str(TOOLS / "usr/lib/python3/dist-packages")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert f"Profiles: {profile}" in done.stdout
 
 
 def test_every_file_of_a_profile_has_a_place() -> None:
@@ -268,7 +397,7 @@ def a_mirror(folder: Path, contents: bytes, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_build_without_a_lock_says_how_to_make_one(tmp_path: Path) -> None:
     one = a_build(tmp_path)
     one.lock.unlink()
-    with pytest.raises(build.BuildError, match=r"lock\.txt is missing: `--lock`"):
+    with pytest.raises(BuildError, match=r"lock\.txt is missing: `--lock`"):
         build.locked_packages(one)
 
 
@@ -276,7 +405,7 @@ def test_a_locked_package_in_the_cache_is_held_to_its_hash(tmp_path: Path) -> No
     one = a_build(tmp_path)
     file = one.archives / "libkmod2_1%3a34.2-2_amd64.deb"
     file.write_bytes(b"another")
-    with pytest.raises(build.BuildError, match="expected SHA-256"):
+    with pytest.raises(BuildError, match="expected SHA-256"):
         build.locked_packages(one)
     file.write_bytes(PACKAGE)
     assert build.locked_packages(one) == [file]
@@ -297,14 +426,14 @@ def test_a_locked_package_that_the_mirror_has_otherwise_is_gone_and_named(
 ) -> None:
     a_mirror(tmp_path / "mirror", b"another", monkeypatch)
     one = a_build(tmp_path)
-    with pytest.raises(build.PackagesGoneError, match=r"mirrors: libkmod2 1:34\.2-2: "):
+    with pytest.raises(PackagesGoneError, match=r"mirrors: libkmod2 1:34\.2-2: "):
         build.locked_packages(one)
     assert not list(one.archives.iterdir())
 
 
 def test_every_line_of_a_lock_is_a_package_with_its_hash() -> None:
     locks = sorted((IMAGE / "packages").iterdir())
-    assert locks
+    assert {lock.stem for lock in locks} == {*build.PROFILES, "gpu-modules"}
     for lock in locks:
         packages = [build.Package(*line.split()) for line in build.package_list(lock)]
         assert [one.name for one in packages] == sorted({one.name for one in packages})
@@ -312,6 +441,7 @@ def test_every_line_of_a_lock_is_a_package_with_its_hash() -> None:
         for one in packages:
             assert one.pool_path.startswith("pool/"), one.name
             assert one.pool_path.endswith(f"_{one.architecture}.deb"), one.name
-        assert {"linux-image-cloud-amd64", "python3.11", "systemd"} <= {
-            one.name for one in packages
-        }
+        if lock.stem in build.PROFILES:
+            assert {"linux-image-cloud-amd64", "python3.11", "systemd"} <= {
+                one.name for one in packages
+            }
