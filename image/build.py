@@ -706,6 +706,8 @@ def install_driver(build: Build) -> None:
         BuildError: it is not the one that was named, or it does not compile.
     """
     lock = nvidia_driver.read_lock(build.driver_lock)
+    if not build.module_lock.is_file():
+        raise BuildError(f"{build.module_lock.name} is missing: `--lock --only packages` makes it")
     unpacked = build.work / "driver"
     remove(unpacked)
     nvidia_driver.unpack(build.driver, lock, unpacked)
@@ -1066,8 +1068,9 @@ def make_output(build: Build) -> None:
             clouds.write_vhd(disk, disk.with_suffix(".vhd"), epoch=build.epoch)
         case "gcp":
             clouds.write_gcp_tar(disk, disk.with_suffix(".tar.gz"), epoch=build.epoch)
-    if build.driver_lock is not None:
-        copy(build.driver_lock, build.out / "nvidia-driver.toml")  # for who builds it again
+    if build.driver_lock is not None:  # for whoever builds it again, with `--packages`
+        copy(build.driver_lock, build.out / "nvidia-driver.toml")
+        copy(build.module_lock, build.packages.with_name("packages-modules.txt"))
 
 
 if __name__ == "__main__":
