@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import NoneType
 from typing import NoReturn, TypeAlias
 
 import rfc8785
@@ -79,9 +80,41 @@ def canonical_json(value: JsonValue) -> bytes:
             from `parse_json`).
     """
     try:
+        if _is_plain(value):
+            return _PLAIN_ENCODER.encode(value).encode("utf-8")
         return rfc8785.dumps(value)
     except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
         raise Malformed(f"no canonical JSON form: {type(error).__name__}") from None
+
+
+_PLAIN_ENCODER = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, sort_keys=True, separators=(",", ":")
+)
+
+_STRING = frozenset({str})
+_PLAIN_SCALARS = frozenset({str, bool, NoneType})
+
+
+def _is_plain(value: JsonValue) -> bool:
+    """Whether Python's own encoder, which is compiled, writes a value's canonical form.
+
+    It escapes strings as RFC 8785 section 3.2.2.2 wants it. But it sorts keys by code points, which
+    beyond ASCII may be another order than by UTF-16 code units (section 3.2.3); writes 1.0 and
+    1e-05 where JCS has 1 and 0.00001; takes integers of any size; and makes strings of keys that
+    are none. A value with any of these is left to `rfc8785`.
+    """
+    if type(value) is dict:
+        if not (_STRING.issuperset(map(type, value)) and all(map(str.isascii, value))):
+            return False
+        items = value.values()
+        return _PLAIN_SCALARS.issuperset(map(type, items)) or all(map(_is_plain, items))
+    if type(value) is list:
+        return _PLAIN_SCALARS.issuperset(map(type, value)) or all(map(_is_plain, value))
+    if type(value) is int:
+        return -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER
+    if type(value) is float:
+        return 1e-4 <= abs(value) < 1e16 and not value.is_integer()
+    return type(value) in _PLAIN_SCALARS
 
 
 def _object_without_duplicates(pairs: list[tuple[str, JsonValue]]) -> JsonObject:

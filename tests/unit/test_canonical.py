@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import struct
 import traceback
+from enum import StrEnum
+from http import HTTPStatus
 from time import perf_counter
 
 import pytest
-from hypothesis import given
+import rfc8785
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from appliance.errors import Malformed
@@ -21,6 +24,11 @@ from appliance.wire.canonical import (
 )
 
 NESTING = 16
+
+
+class Weekday(StrEnum):
+    MONDAY = "monday"
+
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 numbers = (
@@ -153,6 +161,41 @@ def test_a_value_without_canonical_form_is_malformed_and_not_quoted(value: JsonV
 
 
 # --------------------------------------------------------------------------------- properties
+
+# Beside what JSON has: what Python's encoder would take for it, or write otherwise.
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-3, 3).map(lambda exponent: 2**53 + exponent)
+    | st.floats()
+    | st.integers(-30, 30).map(lambda exponent: 10.0**exponent)
+    | st.floats(-3, 3).map(lambda exponent: 7 * 10.0 ** (5 * exponent))
+    | st.text(st.characters())
+    | st.sampled_from([b"", HTTPStatus.OK, Weekday.MONDAY, {1}]),
+    lambda children: (
+        st.lists(children, max_size=4)
+        | st.tuples(children)
+        | st.dictionaries(
+            st.text(st.characters()) | st.text("aAzZ") | st.sampled_from([1, True, None, 0.5]),
+            children,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(anything)
+@example({"\ufb33": 1, "\U0001f600": 2})
+def test_the_canonical_form_is_that_of_the_reference_or_there_is_none(value: JsonValue) -> None:
+    try:
+        expected = rfc8785.dumps(value)
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError):
+        with pytest.raises(Malformed):
+            canonical_json(value)
+    else:
+        assert canonical_json(value) == expected
 
 
 @given(json_values)
