@@ -235,7 +235,8 @@ class EngineStream:
         Raises:
             EngineError: as for `receive`.
         """
-        await self.start()
+        if not self._started:
+            await self.start()
         if self._first is not None:
             block, self._first = self._first, None
             return block

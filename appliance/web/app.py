@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from contextlib import ExitStack
 
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart import Request, Response
+from quart.utils import encode_headers
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
 from quart_trio.wrappers.request import TrioBody
@@ -30,6 +32,7 @@ from appliance.web.openai import CLEANUP, InferenceServices, add_inference_route
 from appliance.web.openapi import add_openapi_route
 from appliance.web.peers import site_of
 from appliance.web.problem import defect, problem
+from appliance.web.stream import WRITE_NOW, EventStreamBody, Write
 from appliance.web.well_known import add_well_known_routes
 
 
@@ -82,6 +85,34 @@ class RequestConnection(TrioASGIHTTPConnection):
         with ExitStack() as cleanup:
             self.scope[CLEANUP] = cleanup  # type: ignore[literal-required]
             await super().__call__(receive, send)
+
+    async def _send_response(
+        self, send: ASGISendCallable, response: Response | WerkzeugResponse
+    ) -> None:
+        """Send an answer; a stream writes its body itself."""
+        body = response.response
+        if not isinstance(body, EventStreamBody):
+            await super()._send_response(send, response)
+            return
+        headers = encode_headers(response.headers)
+        await send(
+            {"type": "http.response.start", "status": response.status_code, "headers": headers}
+        )
+        async with body:
+            await body.relay(self._writer(send))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _writer(self, send: ASGISendCallable) -> Write:
+        """The server's own, where it offers one."""
+        offered = self.scope["extensions"].get(WRITE_NOW)
+        if offered is not None:
+            write_now: Write = offered["write"]
+            return write_now
+
+        def write(data: bytes) -> Awaitable[None]:
+            return send({"type": "http.response.body", "body": data, "more_body": True})
+
+        return write
 
     def _create_request_from_scope(self, send: ASGISendCallable) -> Request:
         request = super()._create_request_from_scope(send)

@@ -8,14 +8,15 @@ until the answer ends. Here reading goes on, up to a bound.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import h11
-from hypercorn.events import Closed, Updated
+from hypercorn.events import Closed, RawData, Updated
 from hypercorn.protocol.events import Body, EndBody, Request
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 from hypercorn.protocol.http_stream import HTTPStream
+from hypercorn.typing import H11SendableEvent
 
 PIPELINED_BYTES = 1 << 16
 """Of requests that came before the answer to an earlier one had ended. Nobody pipelines on
@@ -27,6 +28,9 @@ VERSIONS = (b"1.0", b"1.1")
 # 2.2 and 5.2 allow both, and to refuse both). Other readers see other fields there.
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
 _AMBIGUOUS_LINES = re.compile(rb"(?<!\r)\n|\n[ \t]")
+_CHUNKED = b"\r\nTransfer-Encoding: chunked\r\n"
+"""How h11 writes it in a head, where the application has not told the length."""
+
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=:%\[\]-]*")
 
 
@@ -39,11 +43,24 @@ class Http1Protocol(H11Protocol):
 
     connection: h11.Connection
 
-    def __init__(self, *arguments: Any, wake: Callable[[], None]) -> None:
-        """`wake` makes the reading task call `resume`; the rest is Hypercorn's."""
+    def __init__(
+        self,
+        *arguments: Any,
+        wake: Callable[[], None],
+        write_now: Callable[[bytes], Awaitable[None] | None],
+    ) -> None:
+        """Hypercorn's, and two of the connection's own.
+
+        Args:
+            wake: makes the reading task call `resume`.
+            write_now: None where the kernel took the bytes at once, else what to await.
+        """
         super().__init__(*arguments)
         self.failed = False
         self._wake = wake
+        self._write_now = write_now
+        self._head = b""  # of an answer whose body is about to follow
+        self._chunked = False
 
     @property
     def within_head(self) -> bool:
@@ -65,6 +82,16 @@ class Http1Protocol(H11Protocol):
         return self.connection.their_state in (h11.SEND_BODY, h11.ERROR) or bool(
             self.connection.trailing_data[0]
         )
+
+    def write_now(self, data: bytes) -> Awaitable[None] | None:
+        """Send bytes of the running answer's body behind its head, if that has not left yet; None
+        where the kernel took all at once, else what to await."""
+        if not self._chunked or self.connection.our_state is not h11.SEND_BODY:
+            return self.stream_send(Body(stream_id=STREAM_ID, data=data))
+        # As h11 frames it (RFC 9112 section 7.1), without an event for each of three layers.
+        if data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        return self._write_now(self._with_head(data))
 
     async def resume(self) -> None:
         """An answer has ended: go on with what was pipelined behind its request."""
@@ -140,7 +167,28 @@ class Http1Protocol(H11Protocol):
             await self._send_error_response(status)
         await self.send(Closed())
 
+    async def _send_h11_event(self, event: H11SendableEvent) -> None:
+        """Send; the head of an answer leaves with what follows it, in one record and one packet."""
+        try:
+            data = self.connection.send(event)
+        except h11.LocalProtocolError:
+            if self.connection.their_state is not h11.ERROR:
+                raise
+            return
+        assert data is not None  # only for a closed connection, which is no event we send
+        if isinstance(event, h11.Response):
+            self._head = data
+            self._chunked = _CHUNKED in data
+        else:
+            await self.send(RawData(data=self._with_head(data)))
+
+    def _with_head(self, data: bytes) -> bytes:
+        head, self._head = self._head, b""
+        return head + data
+
     async def _maybe_recycle(self) -> None:
+        if self._head:  # nothing followed
+            await self.send(RawData(data=self._with_head(b"")))
         await super()._maybe_recycle()
         if self.connection.trailing_data[0]:
             self._wake()

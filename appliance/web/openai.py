@@ -371,10 +371,11 @@ async def _stream(services: InferenceServices, one: _Admitted) -> Response:
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine did not take the request in time") from None
     source = event_source(responses, one.plans, limits, response_id=one.response_id)
-    with trio.move_on_after(limits.heartbeat_s):
+    with trio.move_on_after(limits.heartbeat_s) as silence:
         await source.start()
+    begun = not silence.cancelled_caught
     response = Response(
-        _stream_body(services, one, source, first_deadline=deadline),
+        _stream_body(services, one, source, begun=begun, first_deadline=deadline),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache"},
     )
@@ -383,13 +384,18 @@ async def _stream(services: InferenceServices, one: _Admitted) -> Response:
 
 
 def _stream_body(
-    services: InferenceServices, one: _Admitted, source: EventSource, *, first_deadline: float
+    services: InferenceServices,
+    one: _Admitted,
+    source: EventSource,
+    *,
+    begun: bool,
+    first_deadline: float,
 ) -> EventStreamBody:
     wanted, arrival, limits = one.wanted, one.arrival, services.config.limits
     parts = (source, one.exchange, limits, arrival.observed, arrival.record)
     if not wanted.proof.wanted:
         return EventStreamBody(
-            *parts, first_deadline=first_deadline, usage_asked=wanted.include_usage
+            *parts, begun=begun, first_deadline=first_deadline, usage_asked=wanted.include_usage
         )
 
     def last_chunk(members: JsonObject) -> JsonObject:
@@ -403,6 +409,7 @@ def _stream_body(
 
     return ProvenStreamBody(
         *parts,
+        begun=begun,
         first_deadline=first_deadline,
         usage_asked=wanted.include_usage,
         proof=StreamProof(wanted.proof, last_chunk, services.epochs, services.evidence_s),

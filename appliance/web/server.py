@@ -54,7 +54,7 @@ from appliance.serving.metrics import Metrics
 from appliance.web.http1 import Http1Protocol
 from appliance.web.http2 import MAX_STREAMS, Http2Protocol
 from appliance.web.peers import site_of
-from appliance.web.stream import UncleanEnd
+from appliance.web.stream import WRITE_NOW, UncleanEnd
 from appliance.web.tls import TlsStream
 
 BACKLOG = 1024
@@ -341,7 +341,8 @@ class Connection:
                 await self._tls.do_handshake()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             return
-        async with AppTasks() as tasks:
+        tasks = AppTasks()
+        async with tasks:
             arguments = (
                 self._service.app,
                 self._service.config,
@@ -356,7 +357,10 @@ class Connection:
             if self._tls.selected_alpn_protocol() == "h2":
                 self.protocol = Http2Protocol(*arguments, write_s=self._limits.write_s)
             else:
-                self.protocol = Http1Protocol(*arguments, wake=self._wake)
+                self.protocol = Http1Protocol(
+                    *arguments, wake=self._wake, write_now=self._write_now
+                )
+                tasks.extensions[WRITE_NOW] = {"write": self._write_body}
             await self.protocol.initiate()
             self._idle_until = trio.current_time() + self._limits.idle_s
             await self._read()
@@ -420,22 +424,41 @@ class Connection:
             self._idle_until = trio.current_time() + self._limits.idle_s if event.idle else math.inf
             self._reading.deadline = self._deadline
 
+    def _write_body(self, data: bytes) -> Awaitable[None] | None:
+        """The application's `web.stream.Write`. Ours and not the protocol's: whoever keeps it must
+        not keep the protocol."""
+        assert isinstance(self.protocol, Http1Protocol)
+        return self.protocol.write_now(data)
+
     async def _write(self, data: bytes) -> None:
         """Write, shielded (half of what a protocol says would break the connection for other
         streams) but within a deadline; what the kernel takes at once needs neither."""
+        waiting = self._write_now(data)
+        if waiting is not None:
+            await waiting
+
+    def _write_now(self, data: bytes) -> Awaitable[None] | None:
+        """Write as `_write`; None where the kernel took it at once, else what to await."""
+        at_once = len(data) <= WRITE_BYTES and not self.protocol.unread
+        if not at_once or self._write_lock.locked():
+            return self._write_in_turn(data)
         try:
-            at_once = len(data) <= WRITE_BYTES and not self.protocol.unread
-            if at_once and not self._write_lock.locked():
-                if self._tls.send_now(data):
-                    return
-                data = b""  # encrypted, in its place; what is left to do is to wait
-                self._write_lock.acquire_nowait()
-            else:
-                # Whoever comes later writes later: HTTP/2 frames must not overtake one another.
-                await self._write_lock.acquire()
-            await self._write_slowly(data)
+            if self._tls.send_now(data):
+                return None
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._give_up()
+            return None
+        return self._write_rest()
+
+    async def _write_in_turn(self, data: bytes) -> None:
+        # Whoever comes later writes later: HTTP/2 frames must not overtake one another.
+        await self._write_lock.acquire()
+        await self._write_slowly(data)
+
+    async def _write_rest(self) -> None:
+        """What is left is encrypted, in its place; what is left to do is to wait."""
+        self._write_lock.acquire_nowait()
+        await self._write_slowly(b"")
 
     async def _write_slowly(self, data: bytes) -> None:
         """Write behind what is on its way already; lets go of the lock, which the caller took."""
@@ -452,6 +475,8 @@ class Connection:
                     self._log.info("write_timeout", after_s=self._limits.write_s)
                     self._give_up()
                     return
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._give_up()
         finally:
             self._write_lock.release()
 
@@ -492,7 +517,14 @@ class AppTasks(TaskGroup):
 
     Hypercorn's leaves what is told to a finished application in a queue that fills up, and then
     whoever tells it something waits for ever.
+
+    Attributes:
+        extensions: what the server offers the application beyond ASGI.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extensions: dict[str, dict[Any, Any]] = {}
 
     async def spawn_app(
         self,
@@ -501,6 +533,8 @@ class AppTasks(TaskGroup):
         scope: Scope,
         send: Callable[[ASGISendEvent | None], Awaitable[None]],
     ) -> Callable[[ASGIReceiveEvent], Awaitable[None]]:
+        if scope["type"] == "http":
+            scope["extensions"].update(self.extensions)
         tell, told = trio.open_memory_channel[ASGIReceiveEvent](config.max_app_queue_size)
 
         async def run_app() -> None:

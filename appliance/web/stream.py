@@ -13,10 +13,10 @@ What a client can have proven inside its stream (protocol.md section 6) is a bod
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import trio
 from quart.wrappers.response import ResponseBody
@@ -43,16 +43,25 @@ USAGE = b'"usage"'
 """What events contain that tell it. Inside a text the quotes would be escaped."""
 
 
+WRITE_NOW = "dcv.write_now"
+"""The ASGI extension in which `web.server` offers, on HTTP/1.1, a `Write` for a streamed body's
+bytes as its `write`: a token goes from here to the kernel without a message for each layer."""
+
+Write: TypeAlias = Callable[[bytes], Awaitable[None] | None]
+"""Writes body bytes. None where the kernel took them at once; else what to await, right then. No
+bytes at all see to it that the answer's head has left."""
+
+
 class UncleanEnd(Exception):  # noqa: N818  # an instruction to the server, not an error
     """Raised through Quart into the server: the answer so far must not end cleanly."""
 
 
 class EventStreamBody(ResponseBody):
-    """Owns the exchange while Quart sends the body; leaving it releases the exchange.
+    """Owns the exchange while the body is sent; leaving it releases the exchange.
 
-    Quart enters it, iterates and leaves, all in the task that sends the answer, which is cancelled
-    when the client goes away. The nursery of a merged source opens on entry and closes on exit, so
-    nothing is yielded from inside one.
+    `web.app` enters it, has it relay and leaves, all in the task that sends the answer, which is
+    cancelled when the client goes away. The nursery of a merged source opens on entry and closes on
+    exit.
     """
 
     def __init__(
@@ -63,12 +72,14 @@ class EventStreamBody(ResponseBody):
         observed: ExchangeMetrics,
         record: ExchangeRecord,
         *,
+        begun: bool,
         first_deadline: float,
         usage_asked: bool,
     ) -> None:
         """Take over an exchange.
 
         Args:
+            begun: whether there is something to write at once.
             first_deadline: on Trio's clock; the engine's first event comes before it.
             usage_asked: whether the engine was asked to tell the usage at the end.
         """
@@ -77,12 +88,13 @@ class EventStreamBody(ResponseBody):
         self._limits = limits
         self._observed = observed
         self._record = record
+        self._begun = begun
         self._deadline = first_deadline
+        self._silent_since = trio.current_time()
         self._usage_asked = usage_asked
         self._usage = b""  # the last events that may tell it
-        self._ended_by: Exception | None = None
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> Self:  # type: ignore[override]  # Quart would iterate over it
         await self._source.__aenter__()
         return self
 
@@ -97,44 +109,54 @@ class EventStreamBody(ResponseBody):
         finally:
             self._exchange.release()
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
+    async def relay(self, write: Write) -> None:
+        """Write the whole answer, or what there is of it and the error event.
 
-    async def __anext__(self) -> bytes:
-        if self._ended_by is not None:
-            raise self._ended_by
+        Raises:
+            UncleanEnd: after the error event there must be nothing, no end either.
+        """
+        ended_by: Exception
         try:
-            return await self._next()
+            if not self._begun:
+                await _written(write(b""))
+            await self._relay(write)
         except ApplianceError as error:
-            return self._fail(self._exchange.interrupted or error, UncleanEnd())
-        except StopAsyncIteration:
-            raise
-        except Exception as error:  # noqa: BLE001  # goes on to the server with the next call
+            told, ended_by = self._exchange.interrupted or error, UncleanEnd()
+        except Exception as error:  # noqa: BLE001  # goes on to the server behind the error event
             # A defect: told and recorded like any failure. The server's log names it, and ends
             # the answer as uncleanly.
-            return self._fail(defect(), error)
-
-    def _fail(self, told: ApplianceError, ended_by: Exception) -> bytes:
-        """The error event, after which there is nothing but `ended_by`."""
-        self._ended_by = ended_by
+            told, ended_by = defect(), error
+        else:
+            return
         self._observed.end(told.code)
         data = encode_event(error_body(told))
         self._record.write(data)
         self._record.failed(told)
-        return data
+        await _written(write(data))
+        raise ended_by
 
-    async def _next(self) -> bytes:
-        with trio.move_on_after(self._limits.heartbeat_s):
-            data = await self._source.receive()
-            if not data:
-                self._complete()
-                raise StopAsyncIteration
-            self._observe(data)
-            self._record.write(data)
-            return data
-        self._check_silence()
-        self._record.write(PING)
-        return PING
+    async def _relay(self, write: Write) -> None:
+        """Events and heartbeats, to the end."""
+        while True:
+            waiting = None
+            # Entered for each heartbeat and not for each event, a tenth of which it would take.
+            with trio.CancelScope(deadline=self._silent_since + self._limits.heartbeat_s):
+                while waiting is None:
+                    data = await self._source.receive()
+                    if not data:
+                        self._complete()
+                        return
+                    self._observe(data)
+                    self._record.write(data)
+                    waiting = write(data)
+            if waiting is not None:
+                await waiting
+                self._silent_since = trio.current_time()
+            elif trio.current_time() >= self._silent_since + self._limits.heartbeat_s:
+                self._check_silence()
+                self._record.write(PING)
+                await _written(write(PING))
+                self._silent_since = trio.current_time()
 
     def _complete(self) -> None:
         self._exchange.complete()
@@ -144,14 +166,20 @@ class EventStreamBody(ResponseBody):
         self._record.complete()
 
     def _observe(self, data: bytes) -> None:
+        now = self._silent_since = trio.current_time()
         self._observed.events(data.count(b"\n\n"))
         if self._usage_asked and USAGE in data:
             self._usage = data
-        self._deadline = trio.current_time() + self._limits.engine_idle_s
+        self._deadline = now + self._limits.engine_idle_s
 
     def _check_silence(self) -> None:
         if trio.current_time() >= self._deadline:
             raise EngineStreamFailed("the engine has been silent for too long")
+
+
+async def _written(waiting: Awaitable[None] | None) -> None:
+    if waiting is not None:
+        await waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +217,7 @@ class ProvenStreamBody(EventStreamBody):
         observed: ExchangeMetrics,
         record: ExchangeRecord,
         *,
+        begun: bool,
         first_deadline: float,
         usage_asked: bool,
         proof: StreamProof,
@@ -200,6 +229,7 @@ class ProvenStreamBody(EventStreamBody):
             limits,
             observed,
             record,
+            begun=begun,
             first_deadline=first_deadline,
             usage_asked=usage_asked,
         )
@@ -224,15 +254,15 @@ class ProvenStreamBody(EventStreamBody):
             self._proof.epochs.leave(self._member)
         await super().__aexit__(kind, error, traceback)
 
-    async def _next(self) -> bytes:
-        if self._proven:
-            return await super()._next()  # the end
-        self._heartbeat_at = trio.current_time() + self._limits.heartbeat_s
-        data = b"" if self._answered else await self._event()
-        if not data:
-            data = await self._last_event()
-        self._record.write(data)
-        return data
+    async def _relay(self, write: Write) -> None:
+        while not self._proven:
+            self._heartbeat_at = trio.current_time() + self._limits.heartbeat_s
+            data = b"" if self._answered else await self._event()
+            if not data:
+                data = await self._last_event()
+            self._record.write(data)
+            await _written(write(data))
+        await super()._relay(write)  # the end
 
     async def _event(self) -> bytes:
         """Events of the engine's, a checkpoint or a heartbeat; b"" where only `[DONE]` came."""

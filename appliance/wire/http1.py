@@ -73,7 +73,7 @@ class ResponseReader:
         Raises:
             Malformed: broken framing.
         """
-        if self.head is None or self.complete:
+        if not self._buffer or self.head is None or self.complete:
             return b""
         return self._take_chunked() if self._chunked else self._take_sized()
 

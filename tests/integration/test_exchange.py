@@ -454,6 +454,20 @@ async def test_silence_is_filled_with_pings_before_and_between_events(
         assert response.content.endswith(b"data: [DONE]\n\n")
 
 
+async def test_the_head_leaves_with_the_first_event_but_waits_no_longer_than_a_heartbeat(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(nursery, tmp_path, sections={"limits": {"heartbeat_s": 1.0}})
+    for opening, first_part in (("", b"data: {"), ("[[mode:first_token_delay:60000]] ", b"")):
+        async with RawConnection.open(appliance) as connection:
+            await connection.post(CHAT, chat_body(opening + "Go", stream=True, max_tokens=3))
+            record = await connection.stream.receive_some(1 << 16)
+            head, _, rest = record.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert rest.partition(b"\r\n")[2].startswith(first_part)
+            assert bool(rest) == bool(first_part)
+
+
 async def test_an_engine_that_falls_silent_is_given_up_after_a_while(
     nursery: trio.Nursery, tmp_path: Path
 ) -> None:

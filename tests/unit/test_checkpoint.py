@@ -513,7 +513,7 @@ class Stream:
         return store
 
     async def _send(self, epochs: Epochs) -> None:
-        """As Quart does."""
+        """As `web.app` does."""
         assert self.record is not None
         assert self.exchange is not None
         body = ProvenStreamBody(
@@ -522,17 +522,22 @@ class Stream:
             LIMITS,
             self.observed,
             self.record,
+            begun=True,
             first_deadline=trio.current_time() + 1000,
             usage_asked=False,
             proof=StreamProof(self.proof, last_chunk, epochs, EVIDENCE_S),
         )
         last = trio.current_time()
+
+        def write(data: bytes) -> None:
+            nonlocal last
+            self.content += data
+            self.gaps.append(trio.current_time() - last)
+            last = trio.current_time()
+
         try:
-            async with body as parts:
-                async for data in parts:
-                    self.content += data
-                    self.gaps.append(trio.current_time() - last)
-                    last = trio.current_time()
+            async with body:
+                await body.relay(write)
         except Exception as error:  # what the server would get
             self.ended_by = error
 
