@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -111,6 +112,61 @@ async def test_256_requests_at_once_share_two_reports(autojump_clock: trio.abc.C
     assert len(waited) == 256
     assert len(device.nonces) <= 2
     assert max(waited) <= 2.0 * REPORT_S + 1e-6
+
+
+async def test_who_comes_when_the_first_does_is_in_the_first_epoch(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    device = Device()
+    epochs = make(device)
+    waited: list[float] = []
+
+    async def one(number: int) -> None:
+        for _ in range(number % 7):  # its bytes are there, it is on its way through the server
+            await trio.lowlevel.checkpoint()
+        started = trio.current_time()
+        check(await epochs.join("request", commitment(number)), number)
+        waited.append(trio.current_time() - started)
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        await one(0)  # how long a report takes is known from here on
+        await trio.sleep(1)
+        async with trio.open_nursery() as requests:
+            for number in range(256):
+                requests.start_soon(one, number)
+        owner.cancel_scope.cancel()
+    assert len(device.nonces) == 2
+    # Nobody waits for the others longer than the event loop takes to see to them.
+    assert waited == pytest.approx([REPORT_S] * 257)
+
+
+async def test_who_keeps_coming_holds_up_the_first_for_half_a_report_at_most(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    device = Device()
+    epochs = make(device)
+    begun: list[float] = []
+
+    async def one(number: int) -> None:
+        check(await epochs.join("request", commitment(number)), number)
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        mock_clock.autojump_threshold = 0
+        await one(0)
+        await trio.sleep(1)
+        mock_clock.autojump_threshold = math.inf  # only time that is taken by computing passes
+        first = trio.current_time()
+        for number in range(1000):
+            owner.start_soon(one, number)
+            await trio.lowlevel.checkpoint()
+            mock_clock.jump(0.001)
+            if device.busy:
+                begun.append(trio.current_time() - first)
+                break
+        owner.cancel_scope.cancel()
+    assert begun[0] <= REPORT_S / 2 + 0.01  # some turns of the loop, which take 1 ms each here
 
 
 async def test_a_steady_200_a_second_make_at_most_7_reports_a_second(
