@@ -46,7 +46,9 @@ def configure_log(
         cache_logger_on_first_use=False,
     )
     _send_standard_logging(stream, [*shared, renderer])
-    logger: Log = structlog.get_logger()
+    # Bound here: the logger as it comes is a proxy that binds itself anew for each line, also for
+    # one below the level, and there is one for each request.
+    logger: Log = structlog.get_logger().bind()
     return logger
 
 

@@ -370,8 +370,11 @@ def sign_receipt(document: JsonObject, *, key_id: str, sign: Callable[[bytes], b
         sign: Ed25519 over the signing input, 64 bytes.
     """
     unsigned: JsonObject = {**document, "key_id": key_id}
-    signature = sign(signing_input(unsigned))
-    return canonical_json({**unsigned, "signature": signature.hex()})
+    # The signature's place is between two members, so that they are put in canonical form once.
+    before = canonical_json({key: unsigned[key] for key in unsigned if key < "signature"})[:-1]
+    after = canonical_json({key: unsigned[key] for key in unsigned if key > "signature"})[1:]
+    signature = sign(before + b"," + after)
+    return before + b',"signature":"' + signature.hex().encode("ascii") + b'",' + after
 
 
 def verify_signature(document: JsonObject, key: PublicKey, *, what: str = "receipt") -> None:
