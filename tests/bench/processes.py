@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -153,6 +154,20 @@ def running_peers(folder: Path, engine: int) -> Iterator[tuple[list[Target], lis
                 str(files["certificate"]), str(files["key"]),
             ]  # fmt: skip
             targets.append(_peer(stack, folder, name, command, port, trust))
+        if PEERS_PYTHON.exists():
+            port, metrics = free_port(), free_port()
+            command = [
+                str(PEERS_PYTHON.with_name("sglang-router")), "launch",
+                "--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics),
+                "--worker-urls", f"http://127.0.0.1:{engine}", "--policy", "round_robin",
+                "--tls-cert-path", str(files["certificate"]), "--tls-key-path", str(files["key"]),
+                "--log-level", "error",
+            ]  # fmt: skip
+            # It listens before it has seen that its worker is healthy.
+            ready = partial(_says_yes, f"https://127.0.0.1:{port}/readiness", trust)
+            targets.append(_peer(stack, folder, "sglang-router", command, port, trust, ready=ready))
+        else:
+            absent.append("sglang-router: no .bench environment (`just bench` makes it)")
         nginx = shutil.which("nginx")
         if nginx is None:
             absent.append("nginx: not installed")
@@ -175,10 +190,12 @@ def _peer(
     command: Sequence[str],
     port: int,
     trust: ssl.SSLContext,
+    *,
+    ready: Callable[[], bool] | None = None,
 ) -> Target:
     log = folder / f"{port}.log"
     process = stack.enter_context(started(name, command, log))
-    _wait(process, name, log, lambda: _listens(port))
+    _wait(process, name, log, ready or partial(_listens, port))
     return Target(name, Address(port, trust), tuple(descendants(process.pid)))
 
 
@@ -235,3 +252,10 @@ def _listens(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _says_yes(url: str, trust: ssl.SSLContext) -> bool:
+    try:
+        return httpx2.get(url, verify=trust, trust_env=False, timeout=1).status_code == 200
+    except httpx2.TransportError:
+        return False

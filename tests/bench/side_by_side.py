@@ -35,6 +35,7 @@ ALONE: Final = 10
 GOALS: Final = {
     "FastAPI, uvicorn, uvloop, aiohttp": 1.0,
     "FastAPI, uvicorn, uvloop, httpx": 0.33,
+    "sglang-router": 2.0,
     "nginx": 3.3,
 }
 """Ours by theirs, processor time for each token, at most."""
