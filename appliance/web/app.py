@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from contextlib import ExitStack
 
+import trio
 from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable
 from quart import Request, Response
 from quart.utils import encode_headers
@@ -84,7 +85,11 @@ class RequestConnection(TrioASGIHTTPConnection):
         """Serve the request; called by Quart with the two ends of the ASGI exchange."""
         with ExitStack() as cleanup:
             self.scope[CLEANUP] = cleanup  # type: ignore[literal-required]
-            await super().__call__(receive, send)
+            request = self._create_request_from_scope(send)
+            # As Quart-Trio, but for its second task: the answer is made in this one.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.handle_messages, nursery, request, receive)
+                await self.handle_request(nursery, request, send)
 
     async def _send_response(
         self, send: ASGISendCallable, response: Response | WerkzeugResponse

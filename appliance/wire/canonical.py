@@ -46,13 +46,7 @@ def parse_json(data: bytes, *, max_nesting: int) -> JsonValue:
     except UnicodeDecodeError as error:
         raise Malformed("expected UTF-8 text", offset=error.start) from None
     try:
-        value: JsonValue = json.loads(
-            text,
-            object_pairs_hook=_object_without_duplicates,
-            parse_constant=_refuse_constant,
-            parse_int=_bounded_integer,
-            parse_float=_finite_float,
-        )
+        value: JsonValue = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         offset = len(text[: error.pos].encode("utf-8"))
         raise Malformed(
@@ -148,6 +142,14 @@ def _finite_float(digits: str) -> float:
     if MAX_SAFE_INTEGER < abs(number) < FIRST_EXPONENT:
         raise _unsafe_integer("$")
     return number
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_without_duplicates,
+    parse_constant=_refuse_constant,
+    parse_int=_bounded_integer,
+    parse_float=_finite_float,
+)
 
 
 def _too_deep(max_nesting: int) -> Malformed:

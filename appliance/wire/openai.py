@@ -602,6 +602,9 @@ def forwarded_body(body: JsonObject, plan: ChoicePlan) -> bytes:
 def forwarded_bodies(body: JsonObject, plans: Sequence[ChoicePlan]) -> Iterator[bytes]:
     """`forwarded_body` of each plan. What several of them share is put in canonical form once:
     128 choices of a long conversation hold it 128 times."""
+    if len(plans) == 1:
+        yield forwarded_body(body, plans[0])
+        return
     replaced = frozenset[str]().union(*(plan.unset for plan in plans))
     if all("prompt" in plan.set for plan in plans):
         replaced |= {"prompt"}
