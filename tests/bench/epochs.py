@@ -20,7 +20,7 @@ from typing import Final
 
 import trio
 
-from tests.bench.load import PATIENCE_S, Answer, Connection, chat_body
+from tests.bench.load import PATIENCE_S, Address, Answer, Connection, chat_body
 from tests.bench.processes import Gateway, NotMeasuredError, cpu_s, queued_s
 from tests.bench.results import Bound, Number, console, percentile
 
@@ -143,10 +143,26 @@ async def measure_floor(gateway: Gateway) -> list[Number]:
     return [Number(name, last / REPORT_S, "report times", digits=2)]
 
 
+async def measure_engine(address: Address) -> list[Number]:
+    """The same burst at the stand-in engine itself: what no gateway can be faster than here."""
+    console.print(f"epochs: {AT_ONCE} requests at once, at the engine itself", style="dim")
+    lasts = list[float]()
+    async with AsyncExitStack() as stack:
+        lines = [await stack.enter_async_context(Connection.open(address)) for _ in range(AT_ONCE)]
+        for _ in range(BURSTS):
+            lasts.append(max(answer.first_s for answer in await _ask_all(lines)))
+    name = f"{AT_ONCE} at once at the engine itself: last first token"
+    return [Number(name, statistics.median(lasts) / REPORT_S, "report times", digits=2)]
+
+
 async def _burst(gateway: Gateway, lines: Sequence[Connection]) -> _Load:
+    watch = _Watch(gateway)
+    return await watch.end(await _ask_all(lines))
+
+
+async def _ask_all(lines: Sequence[Connection]) -> list[Answer]:
     """One short stream on every line, asked in the same moment."""
     body = chat_body(tokens=2)
-    watch = _Watch(gateway)
     answers = list[Answer]()
 
     async def ask(line: Connection) -> None:
@@ -156,7 +172,7 @@ async def _burst(gateway: Gateway, lines: Sequence[Connection]) -> _Load:
         async with trio.open_nursery() as nursery:
             for line in lines:
                 nursery.start_soon(ask, line)
-    return await watch.end(answers)
+    return answers
 
 
 async def _steady(

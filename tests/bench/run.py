@@ -41,6 +41,8 @@ async def main(folder: Path, *, quick: bool) -> int:
         found = await epochs.measure(gateway, steady_s=4 if quick else 10)
     with running_gateway(folder / "floor", epochs.FLOOR_SECTIONS) as gateway:
         found += await epochs.measure_floor(gateway)
+    with running_engine(folder) as engine:
+        found += await epochs.measure_engine(Address(engine, None))
     numbers += _show("Epochs, a report takes 150 ms", found)
     # 2. Receipts.
     found = await receipts.finishing(folder / "finishing")
