@@ -55,7 +55,8 @@ ENCODER_TABLE_BYTES = 4096
 """Our HPACK table. A client may offer 4 GiB, which would then fill, and be searched, for ever."""
 
 # Frames that move no request along, as a bucket that refills. The reset limit is Netty's (200 in
-# 30 s, against CVE-2023-44487), the other one is above Jetty's (128 a second) for its burst.
+# 30 s, against CVE-2023-44487), for the client's resets and for those it has us send alike
+# (CVE-2025-8671); the other one is above Jetty's (128 a second) for its burst.
 RESET_BURST, RESETS_PER_S = 200, 200 / 30
 CONTROL_BURST, CONTROL_PER_S = 1000, 128.0
 
@@ -113,6 +114,7 @@ class GuardedConnection(h2.connection.H2Connection):
         self.resets = Allowance(RESET_BURST, RESETS_PER_S)
         self.controls = Allowance(CONTROL_BURST, CONTROL_PER_S)
         self.greeted = False
+        self._parsing = False
 
     @property
     def within_headers(self) -> bool:
@@ -127,7 +129,23 @@ class GuardedConnection(h2.connection.H2Connection):
             self.controls.earn(WINDOW_UPDATES_PER_FRAME)
         elif not isinstance(frame, DataFrame) or not (frame.data or "END_STREAM" in frame.flags):
             self.controls.spend()
-        return super()._receive_frame(frame)
+        self._parsing = True
+        try:
+            events = super()._receive_frame(frame)
+        finally:
+            self._parsing = False
+        for event in events:
+            if isinstance(event, h2.events.RequestReceived) and not _can_be_meant(event):
+                self.resets.spend()
+        return events
+
+    def _prepare_for_sending(self, frames: list[Frame]) -> None:
+        """A reset that answers a frame is the client's doing; one that ends an answer is not."""
+        if self._parsing:
+            for frame in frames:
+                if isinstance(frame, RstStreamFrame):
+                    self.resets.spend()
+        super()._prepare_for_sending(frames)
 
 
 class StreamBuffer:
@@ -334,19 +352,13 @@ class Http2Protocol(H2Protocol):
         await self._flush()
 
     async def _create_stream(self, request: h2.events.RequestReceived) -> None:
-        """Open a stream for a request that we serve; reset the stream of any other.
-
-        h2 has checked that the head is well-formed. Hypercorn further assumes an ASCII `:path` and
-        a method other than CONNECT.
-        """
+        """Open a stream for a request that we serve; reset the stream of any other."""
         stream_id = request.stream_id
         assert stream_id is not None
-        pseudo = {name: value for name, value in request.headers or [] if name[:1] == b":"}
-        path, method = pseudo.get(b":path", b""), pseudo.get(b":method", b"")
         if self.context.terminated.is_set():
             # The client may retry elsewhere: nothing was done (RFC 9113 section 8.7).
             await self._reset(stream_id, h2.errors.ErrorCodes.REFUSED_STREAM)
-        elif method == b"CONNECT" or not method.isascii() or not _is_plain(path):
+        elif not _can_be_meant(request):
             await self._reset(stream_id, h2.errors.ErrorCodes.PROTOCOL_ERROR)
         else:
             self._receiving[stream_id] = 0
@@ -425,6 +437,14 @@ class Http2Protocol(H2Protocol):
             await buffer.close()
         with contextlib.suppress(MissingStreamError):
             self.priority.remove_stream(stream_id)
+
+
+def _can_be_meant(request: h2.events.RequestReceived) -> bool:
+    """Whether Hypercorn can serve a request whose head h2 has found well-formed: it assumes an
+    ASCII `:path` and a method other than CONNECT."""
+    pseudo = {name: value for name, value in request.headers or [] if name[:1] == b":"}
+    path, method = pseudo.get(b":path", b""), pseudo.get(b":method", b"")
+    return method != b"CONNECT" and method.isascii() and _is_plain(path)
 
 
 def _is_plain(path: bytes) -> bool:

@@ -616,6 +616,37 @@ def rapid_reset(wire: FrameWire) -> list[Frame]:
     ]
 
 
+def made_resets(wire: FrameWire) -> list[Frame]:
+    """Streams that the server has to reset itself (MadeYouReset, CVE-2025-8671)."""
+    return [
+        frame
+        for stream_id in range(3, 4 * RESET_BURST, 2)
+        for frame in (wire.head(stream_id, request_headers("POST", CHAT)), overflow(stream_id))
+    ]
+
+
+def frames_behind_a_reset(wire: FrameWire) -> list[Frame]:
+    """Each is answered with one more RST_STREAM."""
+    data = DataFrame(3, data=b"x")
+    return [
+        wire.head(3, request_headers("POST", CHAT)),
+        overflow(3),
+        *[data] * (2 * RESET_BURST),
+    ]
+
+
+def requests_that_cannot_be_meant(wire: FrameWire) -> list[Frame]:
+    """Of a size at which fewer than `MAX_STREAMS` are in one read."""
+    return [
+        wire.head(
+            stream_id,
+            [*request_headers("GET", "/a b"), ("x", f"{stream_id:03}" * 400)],
+            end_stream=True,
+        )
+        for stream_id in range(3, 4 * RESET_BURST, 2)
+    ]
+
+
 def flood_of(frame: Frame) -> Callable[[FrameWire], list[Frame]]:
     return lambda _wire: [frame] * (2 * CONTROL_BURST)
 
@@ -635,6 +666,9 @@ FLOODS: dict[str, Callable[[FrameWire], list[Frame]]] = {
     "header list": huge_list,
     "HPACK bomb": hpack_bomb,
     "rapid reset": rapid_reset,
+    "resets made by us": made_resets,
+    "DATA behind a reset": frames_behind_a_reset,
+    "requests that cannot be meant": requests_that_cannot_be_meant,
     "empty DATA": empty_data_flood,
     "PRIORITY": priority_flood,
     "SETTINGS": flood_of(SettingsFrame(0, settings={SettingCodes.HEADER_TABLE_SIZE: MAX_U32})),
