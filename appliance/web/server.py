@@ -277,10 +277,7 @@ class Connection:
         self._service = service
         self._limits = service.connections.limits
         self._log = service.connections.log
-        # Ours from here on: Trio's object knows it no more, and would close it with itself.
-        self._socket = socket.socket(fileno=transport.socket.detach())
-        self._socket.setblocking(False)
-        self._tls = TlsStream(self._socket, service.tls)
+        self._transport = transport
         self._write_lock = trio.Lock()
         self._reading = trio.CancelScope()
         self._idle = True
@@ -293,24 +290,8 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the connection to its end and close it."""
-        connections = self._service.connections
-        peer = self._socket
         try:
-            client = parse_socket_addr(peer.family, peer.getpeername())
-            server = parse_socket_addr(peer.family, peer.getsockname())
-            for option in TCP_OPTIONS:
-                peer.setsockopt(*option)
-            unacknowledged_ms = round((self._limits.write_s + FLUSH_S) * 1000)
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged_ms)
-        except OSError:  # reset between accept and here
-            self._tls.close()
-            return
-        site = site_of(client[0]) if client else ""
-        if not connections.enter(self, site):
-            self._tls.close()
-            return
-        try:
-            await self._serve(client, server)
+            await self._run()
         except BaseExceptionGroup as group:
             cancelled, failures = group.split(trio.Cancelled)
             if failures is not None:
@@ -319,12 +300,31 @@ class Connection:
                 raise cancelled from None
         except Exception as error:  # the point of this class: it ends here, not the server
             self._contain(error)
-        finally:
-            connections.leave(self, site)
-            self._tls.close()
-            # The protocol holds us. Left to the garbage collector, which does not see the buffers
-            # of OpenSSL, thousands of them would pile up.
-            vars(self).pop("protocol", None)
+
+    async def _run(self) -> None:
+        connections = self._service.connections
+        with _take_over(self._transport) as peer:
+            try:
+                client = parse_socket_addr(peer.family, peer.getpeername())
+                server = parse_socket_addr(peer.family, peer.getsockname())
+                for option in TCP_OPTIONS:
+                    peer.setsockopt(*option)
+                unacknowledged_ms = round((self._limits.write_s + FLUSH_S) * 1000)
+                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unacknowledged_ms)
+            except OSError:  # reset between accept and here
+                return
+            site = site_of(client[0]) if client else ""
+            self._tls = TlsStream(peer, self._service.tls)
+            if not connections.enter(self, site):
+                return
+            try:
+                await self._serve(client, server)
+            finally:
+                connections.leave(self, site)
+                self._tls.close()
+                # The protocol holds us. Left to the garbage collector, which does not see the
+                # buffers of OpenSSL, thousands of them would pile up.
+                vars(self).pop("protocol", None)
 
     def end_when_idle(self) -> None:
         """End the connection now if nothing is being served on it; else when that has ended."""
@@ -510,6 +510,15 @@ class Connection:
             names = sorted({type(leaf).__name__ for leaf in found})
             self._log.warning("connection_error_contained", errors=names)
             self._service.connections.metrics.contained_errors.inc()
+
+
+def _take_over(transport: trio.SocketStream) -> socket.socket:
+    """The socket, ours from here on: Trio's object knows it no more, and would close it with
+    itself. Nothing is asked of the kernel, which could fail and leave the descriptor to nobody."""
+    theirs = transport.socket
+    ours = socket.socket(theirs.family, theirs.type, theirs.proto, fileno=theirs.detach())
+    ours.setblocking(False)
+    return ours
 
 
 class AppTasks(TaskGroup):

@@ -5,10 +5,12 @@ What Hypercorn alone makes of the worst of them is in test_plain_hypercorn.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -52,6 +54,7 @@ from tests.integration.aftermath import (
     aborted,
     assert_serving,
     generating,
+    open_descriptors,
     unharmed,
 )
 from tests.integration.appliance import (
@@ -65,7 +68,6 @@ from tests.integration.appliance import (
 from tests.integration.wire import (
     PATIENCE_S,
     WINDOW,
-    Address,
     ContinuationFrame,
     DataFrame,
     Frame,
@@ -185,20 +187,39 @@ async def test_an_upgrade_is_not_made_and_the_request_is_answered(
                 assert (await wire.read_until(LIVE_BODY)).startswith(b"HTTP/1.1 200 ")
 
 
+class Faulty(dict[str, object]):
+    """What every connection copies, once it has shaken hands."""
+
+    def copy(self) -> Any:
+        raise ZeroDivisionError("a prompt, say")
+
+
+class FaultyContext(ssl.SSLContext):
+    """A context that has no memory for one more connection."""
+
+    def wrap_bio(self, *_arguments: Any, **_options: Any) -> ssl.SSLObject:
+        raise MemoryError("a prompt, say")
+
+
+@pytest.mark.parametrize(
+    ("context", "state", "error"),
+    [
+        (ssl.SSLContext, Faulty(), "ZeroDivisionError"),
+        (FaultyContext, {}, "MemoryError"),
+    ],
+    ids=["when it is served", "when it is taken over"],
+)
 async def test_what_goes_wrong_in_a_connection_ends_there_and_is_told_by_type(
-    nursery: trio.Nursery, tmp_path: Path
+    nursery: trio.Nursery,
+    tmp_path: Path,
+    context: type[ssl.SSLContext],
+    state: dict[str, object],
+    error: str,
 ) -> None:
     """Every known way is closed; so the next unknown one is made up."""
-
-    class Faulty(dict[str, object]):
-        def copy(self) -> Any:
-            raise ZeroDivisionError("a prompt, say")
-
     ca = trustme.CA()
-    server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_context = context(ssl.PROTOCOL_TLS_SERVER)
     ca.issue_cert("127.0.0.1").configure_cert(server_context)
-    trust = ssl.create_default_context()
-    ca.configure_trust(trust)
     told = io.StringIO()
     limits = parse_config(config_text(tmp_path), folder=tmp_path).limits
     lifecycle = Lifecycle(wall_clock=time.time, clock=trio.current_time)
@@ -210,7 +231,7 @@ async def test_what_goes_wrong_in_a_connection_ends_there_and_is_told_by_type(
         app=wrap_app(QuartTrio("test"), 0, "asgi"),
         config=HypercornConfig(),
         worker=WorkerContext(None),
-        state=Faulty(),
+        state=state,
         tls=server_context,
         connections=connections,
     )
@@ -220,16 +241,50 @@ async def test_what_goes_wrong_in_a_connection_ends_there_and_is_told_by_type(
 
     listeners = await nursery.start(partial(trio.serve_tcp, handle, 0, host="127.0.0.1"))
     port: int = listeners[0].socket.getsockname()[1]
+    trust = ssl.create_default_context()
+    ca.configure_trust(trust)
+    before = open_descriptors()
     for _ in range(2):
-        async with Wire.open(Address(port, trust)) as wire:
-            await wire.send(LIVE)
-            assert await wire.read_to_end() == b""
+        tcp = await connect_tcp(port)
+        tls = trio.SSLStream(tcp, trust, server_hostname="127.0.0.1")
+        with contextlib.suppress(trio.BrokenResourceError):
+            await tls.send_all(LIVE)
+            assert await tls.receive_some(1) == b""
+        tcp.socket.close()
     lines = [json.loads(line) for line in told.getvalue().splitlines()]
     assert [line["event"] for line in lines] == ["connection_error_contained"] * 2
-    assert lines[0]["errors"] == ["ZeroDivisionError"]
+    assert lines[0]["errors"] == [error]
     assert "prompt" not in told.getvalue()
+    assert b"dcv_contained_errors_total 2.0" in metrics.exposition()
     with trio.fail_after(PATIENCE_S):
         await connections.wait_none()
+        while open_descriptors() > before:
+            await trio.sleep(0.02)
+
+
+async def test_connections_that_cannot_be_taken_over_end_no_other(
+    appliance: RunningAppliance,
+) -> None:
+    """Reset before they are accepted, then accepted while there is no descriptor left."""
+    async with unharmed(appliance), Wire.open(appliance) as other:
+        await other.send(post(CHAT, slow_chat(tokens=100), "Connection: close"))
+        await other.read_until(b"data: ")
+        for _ in range(200):
+            reset(await connect_tcp(appliance.port))
+        waiting = [socket.socket() for _ in range(20)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, hard))
+        try:
+            for late in waiting:
+                late.connect(("127.0.0.1", appliance.port))
+            await trio.sleep(0.3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for late in waiting:
+            late.close()
+        assert b"[DONE]" in await other.read_to_end()
 
 
 # Readers that stall.

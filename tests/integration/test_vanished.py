@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from appliance.web.server import FLUSH_S, Connection
+from appliance.web.server import FLUSH_S
+from appliance.web.tls import TlsStream
 from tests.integration import two_networks
 from tests.integration.appliance import MODEL, RunningAppliance, Sections, config_text
 from tests.integration.wire import Wire
@@ -77,7 +78,7 @@ async def test_a_silent_connection_is_probed_so_that_a_vanished_peer_is_noticed(
         [server_end] = [
             found._socket
             for found in gc.get_objects()
-            if isinstance(found, Connection) and found._socket.fileno() >= 0
+            if isinstance(found, TlsStream) and found._socket.fileno() >= 0
         ]
 
         def option(name: int) -> int:
