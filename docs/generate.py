@@ -158,15 +158,24 @@ def _leaves(kind: type[ApplianceError]) -> Iterator[type[ApplianceError]]:
 
 
 def _reaches_clients(kind: type[ApplianceError]) -> bool:
+    """Whether a request can meet it, in an answer or as the last event of a stream: what withdraws
+    the appliance ends running streams with its own code."""
     families = (
         errors.InternalError,
         errors.RequestError,
         errors.CapacityError,
         errors.EngineError,
+        errors.EvidenceError,
+        errors.AttesterError,
         errors.Malformed,
     )
-    never = (errors.EngineStartFailed, errors.EngineExposed)
-    return issubclass(kind, families) and not issubclass(kind, never)
+    only_at_boot = (
+        errors.EngineStartFailed,
+        errors.EngineExposed,
+        errors.EngineNotDeterministic,
+        errors.SealRefused,
+    )
+    return issubclass(kind, families) and not issubclass(kind, only_at_boot)
 
 
 def _status(kind: type[ApplianceError]) -> str:

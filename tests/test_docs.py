@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from werkzeug.exceptions import default_exceptions
 
 from appliance import errors
 from appliance.cli import _parser
 from appliance.config import load_config
+from appliance.web.app import _translate
+from appliance.web.openapi import openapi_document
+from appliance.web.problem import defect
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -70,6 +75,36 @@ def test_the_reference_pages_are_what_the_source_says() -> None:
         [sys.executable, ROOT / "docs" / "generate.py", "--check"], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stderr
+
+
+def test_the_table_of_errors_has_every_code_a_client_can_meet_and_no_other() -> None:
+    """From what can send one, not from what the table is written with."""
+    config = load_config(ROOT / "image" / "config" / "azure.toml")
+    assert config.auth.mode == "keys"
+    # 1. What operations answer, as their own document says.
+    codes = set(codes_in(openapi_document(config)))
+    # 2. What is answered for none of them: Quart's own errors, and defects.
+    codes |= {_translate(kind()).code for kind in default_exceptions.values()}
+    codes.add(defect().code)
+    # 3. Last events of streams: what withdraws a serving appliance (serving.epochs,
+    #    serving.reattestation, attester.client; the engine's ends are in 1).
+    for withdrawing in (errors.EvidenceError, errors.AttesterError):
+        codes |= {kind.code for kind in withdrawing.__subclasses__()}
+    codes.remove(errors.SealRefused.code)  # secrets are unsealed before there is a public port
+    page = (ROOT / "docs" / "errors.md").read_text().partition("## When the process ends")[0]
+    assert set(re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE)) == codes
+
+
+def codes_in(document: object) -> Iterator[str]:
+    """Every value of `code` that the schemas of an OpenAPI document allow."""
+    if isinstance(document, dict):
+        if isinstance(code := document.get("code"), dict):
+            yield from code.get("enum", ())
+        for value in document.values():
+            yield from codes_in(value)
+    elif isinstance(document, list):
+        for value in document:
+            yield from codes_in(value)
 
 
 @pytest.mark.parametrize(
