@@ -156,7 +156,8 @@ class ApiKey(Struct, frozen=True, forbid_unknown_fields=True):
         name: for the operator; unique.
         sha256: of the key; the key itself is nowhere.
         max_concurrent: generations at once, waiting ones included; null for no bound of its own.
-        requests_per_minute: sustained rate, a minute's worth may come at once; null for none.
+        requests_per_minute: sustained rate, a minute's worth may come at once; null for none. Every
+            request counts, what is refused as invalid too, tokenize and detokenize too.
     """
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
@@ -203,13 +204,16 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         max_body_bytes: request body.
         max_body_bytes_total: bodies of all requests together, from their arrival until the answer
-            begins. Over it, the peer with most of them unfinished is refused first. What a body is
-            parsed into takes several times its size, while the request waits and is forwarded.
+            begins. One key, or address without a key, gets three quarters of it at most; over it,
+            who holds most is refused first. What a body is parsed into takes several times its
+            size, while the request waits and is forwarded.
         max_response_bytes: one non-streamed engine answer, held in memory.
         max_event_bytes: one SSE event of the engine.
         max_nesting: depth of a JSON body.
-        max_concurrent: engine generations at once; `n` choices count as `n`.
-        max_waiting: requests in line for a place; one more is refused.
+        max_concurrent: engine generations at once; `n` choices count as `n`. Where there are several
+            keys, one alone gets 15 of 16.
+        max_waiting: requests in line for a place; over it the key with most of them, and of running
+            ones, is refused its newest.
         max_wait_s: how long one waits in line.
         max_choices: `n` times the number of prompts of one request.
         max_connections: open TCP connections; one more is closed before its handshake.

@@ -97,7 +97,7 @@ async def run(
         defect of ours included, of which only types and places in the code are logged.
     """
     lifecycle = Lifecycle(wall_clock=wall_clock, clock=trio.current_time)
-    admission = Admission(lifecycle, config.limits)
+    admission = Admission(lifecycle, config.limits, tenants=len(config.auth.keys))
     metrics = Metrics(lifecycle, clock=trio.current_time)
     metrics.gauge("dcv_exchanges_running", "Admitted exchanges", lambda: admission.running)
     metrics.gauge("dcv_requests_waiting", "Requests in line for a place", lambda: admission.waiting)

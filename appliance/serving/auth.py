@@ -53,25 +53,41 @@ class Authenticator:
     def authenticate(self, header: str | None) -> Tenant:
         """The tenant a request belongs to.
 
-        Every stored hash is compared, each in constant time, whether an earlier one matched or
-        not: the time taken says neither which key matched nor how much of one.
-
         Args:
             header: value of the `Authorization` header, if there was one.
 
         Raises:
             Unauthorized: a key is required, and none or no known one was sent.
         """
+        return known(self.find(header))
+
+    def find(self, header: str | None) -> Tenant | None:
+        """The tenant a request belongs to; None where a key is required that was not sent.
+
+        Every stored hash is compared, each in constant time, whether an earlier one matched or
+        not: the time taken says neither which key matched nor how much of one.
+        """
         if not self._required:
             return ANONYMOUS
+        if header is None:
+            return None
         presented = hashlib.sha256(_bearer(header)).digest()
         found = None
         for stored, tenant in self._tenants:
             if hmac.compare_digest(stored, presented):
                 found = tenant
-        if found is None:
-            raise Unauthorized("expected a known API key as `Authorization: Bearer …`")
         return found
+
+
+def known(tenant: Tenant | None) -> Tenant:
+    """The tenant that was found.
+
+    Raises:
+        Unauthorized: none was.
+    """
+    if tenant is None:
+        raise Unauthorized("expected a known API key as `Authorization: Bearer …`")
+    return tenant
 
 
 def create_key(random: Callable[[int], bytes]) -> str:
@@ -93,9 +109,9 @@ def cache_salt(secret: bytes, tenant: Tenant) -> str:
     return hmac.new(secret, SALT_LABEL + tenant.id.encode("ascii"), hashlib.sha256).hexdigest()
 
 
-def _bearer(header: str | None) -> bytes:
+def _bearer(header: str) -> bytes:
     """The key a header carries; anything else becomes a key that nobody has."""
-    scheme, _, key = (header or "")[:MAX_HEADER_BYTES].partition(" ")
+    scheme, _, key = header[:MAX_HEADER_BYTES].partition(" ")
     return key.strip().encode("utf-8", "replace") if scheme.lower() == "bearer" else b""
 
 

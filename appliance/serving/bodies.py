@@ -2,14 +2,25 @@
 
 One request's body is bounded, and so is the number of connections; their product is not a bound
 that a machine could keep. So every byte of a body that arrives is counted here, over all requests,
-until the request is answered. When there is no room, whoever holds most of what is still arriving
-gives way: the peer with the most bytes of unfinished bodies loses the one it began first. So
-bodies that are sent half and kept so, however many, cost their sender, and leave room for others.
+until the request is answered, and for each party: an API key, or where there is none a peer.
+
+A body gives way as long as it is not whole; a whole one is about to be answered. Two rules keep
+one party's bodies, sent half or whole, from being another's refusal:
+
+1. Who holds several bodies may hold `FREE_SHARE` bytes for each one that stays free, so at most
+   three quarters of all; then the one he began first gives way. What he leaves is for others, by
+   the same rule, so that there is room for who holds nothing (`serving.turns` has it for places).
+2. When there is no room all the same, of the parties with an unfinished body the one that holds
+   most loses the one it began first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+
+FREE_SHARE = 3
+"""Bytes that a party may hold for each one that stays free."""
 
 
 class HeldBody:
@@ -17,13 +28,13 @@ class HeldBody:
 
     Attributes:
         size: bytes counted so far.
-        site: the peer it comes from.
+        party: who sends it.
     """
 
-    __slots__ = ("_budget", "_over", "give_way", "site", "size")
+    __slots__ = ("_budget", "_over", "give_way", "party", "size")
 
-    def __init__(self, budget: BodyBudget, site: str, give_way: Callable[[], None]) -> None:
-        self.site = site
+    def __init__(self, budget: BodyBudget, party: str, give_way: Callable[[], None]) -> None:
+        self.party = party
         self.size = 0
         self.give_way = give_way
         self._budget = budget
@@ -36,7 +47,7 @@ class HeldBody:
             False when they must not be kept: there was no room (`give_way` was called), or it is
             released already.
         """
-        if not self._over:
+        if size and not self._over:
             self._budget.take(self, size)
         return not self._over
 
@@ -52,58 +63,81 @@ class HeldBody:
             self._budget.give_back(self)
 
 
+@dataclass(slots=True)
+class _Party:
+    """What one party holds.
+
+    Attributes:
+        held: bytes, of unfinished and of whole bodies.
+        bodies: how many these are.
+        unfinished: in the order they began. The keys of a dict are a set that keeps its order.
+    """
+
+    held: int = 0
+    bodies: int = 0
+    unfinished: dict[HeldBody, None] = field(default_factory=dict)
+
+
 class BodyBudget:
     """All bodies that are held.
 
     Attributes:
-        held: bytes, of arriving and of whole bodies.
+        held: bytes, of unfinished and of whole bodies.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self.held = 0
-        # Bytes that are still arriving, per peer; and its bodies, in the order they began. The
-        # keys of a dict are a set that keeps its order.
-        self._arriving: dict[str, int] = {}
-        self._bodies: dict[str, dict[HeldBody, None]] = {}
+        self._parties: dict[str, _Party] = {}
 
-    def hold(self, site: str, give_way: Callable[[], None]) -> HeldBody:
+    def hold(self, party: str, give_way: Callable[[], None]) -> HeldBody:
         """Begin to count a body; the caller releases it.
 
         Args:
-            site: what counts as one peer.
+            party: who sends it.
             give_way: called, at most once, when the body has to go; it is released by then.
         """
-        return HeldBody(self, site, give_way)
+        return HeldBody(self, party, give_way)
 
     def take(self, body: HeldBody, size: int) -> None:
         """Count bytes for a body, making room if there is none; for `HeldBody` alone."""
-        self._count(body, size)
+        mine = self._parties.setdefault(body.party, _Party())
+        if not body.size:
+            mine.bodies += 1
+        mine.unfinished[body] = None
+        body.size += size
+        mine.held += size
+        self.held += size
+        # `body` is unfinished until it is the one that gives way, so there always is one.
+        while mine.bodies > 1 and mine.held > FREE_SHARE * (self._max_bytes - self.held):
+            if _give_way(mine) is body:
+                return
         while self.held > self._max_bytes:
-            # Never empty: `body` is in it until it is the one that gives way.
-            most = max(self._arriving, key=self._arriving.__getitem__)
-            first = next(iter(self._bodies[most]))
-            first.release()
-            first.give_way()
-            if first is body:
+            holding = [party for party in self._parties.values() if party.unfinished]
+            if _give_way(max(holding, key=lambda party: party.held)) is body:
                 return
 
     def settle(self, body: HeldBody) -> None:
         """A body is whole; for `HeldBody` alone."""
-        bodies = self._bodies.get(body.site, {})
-        if body in bodies:
-            del bodies[body]
-            self._arriving[body.site] -= body.size
-            if not bodies:
-                del self._bodies[body.site], self._arriving[body.site]
+        if body.size:
+            self._parties[body.party].unfinished.pop(body, None)
 
     def give_back(self, body: HeldBody) -> None:
         """A body is gone; for `HeldBody` alone."""
-        self.settle(body)
+        if not body.size:
+            return
+        mine = self._parties[body.party]
+        mine.unfinished.pop(body, None)
+        mine.held -= body.size
+        mine.bodies -= 1
         self.held -= body.size
+        if not mine.bodies:
+            del self._parties[body.party]
 
-    def _count(self, body: HeldBody, size: int) -> None:
-        self._bodies.setdefault(body.site, {})[body] = None
-        self._arriving[body.site] = self._arriving.get(body.site, 0) + size
-        body.size += size
-        self.held += size
+
+def _give_way(party: _Party) -> HeldBody:
+    """Let the body go that a party began first of those that are not whole."""
+    first = next(iter(party.unfinished))
+    first.release()
+    first.give_way()
+    return first

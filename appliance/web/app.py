@@ -25,11 +25,12 @@ from appliance.errors import (
     RouteNotFound,
 )
 from appliance.log import Log
-from appliance.serving.admission import RETRY_AFTER_S
+from appliance.serving.auth import Authenticator
 from appliance.serving.bodies import BodyBudget
+from appliance.serving.turns import RETRY_AFTER_S
 from appliance.web.attestation import AttestationServices, add_attestation_routes
 from appliance.web.health import HealthSource, add_health_routes
-from appliance.web.openai import CLEANUP, InferenceServices, add_inference_routes
+from appliance.web.openai import CLEANUP, TENANT, InferenceServices, add_inference_routes
 from appliance.web.openapi import add_openapi_route
 from appliance.web.peers import site_of
 from appliance.web.problem import defect, problem
@@ -44,10 +45,10 @@ class CountedBody(TrioBody):
     """
 
     def __init__(
-        self, budget: BodyBudget, site: str, *, content_length: int | None, max_bytes: int
+        self, budget: BodyBudget, party: str, *, content_length: int | None, max_bytes: int
     ) -> None:
         super().__init__(content_length, max_bytes)
-        self._held = budget.hold(site, self._give_way)
+        self._held = budget.hold(party, self._give_way)
 
     def append(self, data: bytes) -> None:
         """Bytes have arrived; what comes after a refusal or the answer is dropped."""
@@ -122,9 +123,13 @@ class RequestConnection(TrioASGIHTTPConnection):
     def _create_request_from_scope(self, send: ASGISendCallable) -> Request:
         request = super()._create_request_from_scope(send)
         client = self.scope["client"]
+        tenant = self.app.authenticator.find(request.headers.get("Authorization"))
+        self.scope[TENANT] = tenant  # type: ignore[literal-required]
+        # A key's bodies are its own wherever they come from; without one they are their peer's.
+        party = tenant.id if tenant else ""
         body = CountedBody(
             self.app.bodies,
-            site_of(client[0]) if client else "",
+            party or (site_of(client[0]) if client else ""),
             content_length=request.content_length,
             max_bytes=self.app.config["MAX_CONTENT_LENGTH"],
         )
@@ -138,13 +143,15 @@ class GatewayApp(QuartTrio):
 
     Attributes:
         bodies: what the bodies of all requests may take together.
+        authenticator: knows whose a request is, from its head.
     """
 
     asgi_http_class = RequestConnection
 
-    def __init__(self, bodies: BodyBudget) -> None:
+    def __init__(self, bodies: BodyBudget, authenticator: Authenticator) -> None:
         super().__init__("dcv", static_folder=None)
         self.bodies = bodies
+        self.authenticator = authenticator
 
     async def handle_request(self, request: Request) -> Response | WerkzeugResponse:
         """Have a request answered. Once the answer begins, its body is needed no more."""
@@ -175,7 +182,7 @@ def create_app(
     services.metrics.gauge(
         "dcv_body_bytes_held", "Bytes of request bodies that are held", lambda: bodies.held
     )
-    app = GatewayApp(bodies)
+    app = GatewayApp(bodies, services.authenticator)
     app.config["MAX_CONTENT_LENGTH"] = limits.max_body_bytes
     app.config["BODY_TIMEOUT"] = limits.body_s
     # Every wait of ours has its own deadline; Quart's would cut a long answer without a word.

@@ -28,7 +28,7 @@ from appliance.errors import (
 )
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
-from appliance.serving.auth import Authenticator, Tenant, cache_salt
+from appliance.serving.auth import Authenticator, Tenant, cache_salt, known
 from appliance.serving.epochs import Attested, Epochs
 from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
 from appliance.serving.metrics import (
@@ -75,6 +75,9 @@ NONCE_BYTES = 32
 
 CLEANUP = "dcv.cleanup"
 """Key in the ASGI scope of the ExitStack that `web.app` closes when the request is over."""
+
+TENANT = "dcv.tenant"
+"""Key in the ASGI scope of the tenant that `web.app` found in the head; None where one is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +135,11 @@ def add_inference_routes(app: QuartTrio, services: InferenceServices) -> None:
         return await infer(Endpoint.EMBEDDINGS, services)
 
     async def models() -> Response:
-        _tenant(services)
+        _tenant()
         return _json({"object": "list", "data": [_model_object(services)]})
 
     async def model(model_id: str) -> Response:
-        _tenant(services)
+        _tenant()
         _check_model(model_id, services)
         return _json(_model_object(services))
 
@@ -195,8 +198,8 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     # Only counts if nothing else ended it: then it was the client who left.
     cleanup.callback(observed.end, CLIENT_DISCONNECTED)
     try:
-        # 1. Authenticate, from the headers: nobody else's body is worth reading.
-        tenant = _tenant(services)
+        # 1. Authenticate and charge, from the headers: nobody else's body is worth reading.
+        tenant = _charged_tenant(services)
         # 2. Read; the raw bytes are what the receipt names.
         raw = await read_body()
     except ApplianceError as error:
@@ -418,7 +421,7 @@ def _stream_body(
 
 async def encode_tokens(services: InferenceServices) -> Response:
     """`/v1/tokenize`: token ids of a text or of several."""
-    _tenant(services)
+    _charged_tenant(services)
     tokenizer = _tokenizer(services)
     wanted = convert(
         await read_object(max_nesting=services.config.limits.max_nesting), TokenizeRequest
@@ -440,7 +443,7 @@ async def encode_tokens(services: InferenceServices) -> Response:
 
 async def decode_tokens(services: InferenceServices) -> Response:
     """`/v1/detokenize`: the text of token ids, or of several lists of them."""
-    _tenant(services)
+    _charged_tenant(services)
     tokenizer = _tokenizer(services)
     wanted = convert(
         await read_object(max_nesting=services.config.limits.max_nesting), DetokenizeRequest
@@ -458,8 +461,15 @@ async def decode_tokens(services: InferenceServices) -> Response:
     return _json({"text": decoded if many else decoded[0]})
 
 
-def _tenant(services: InferenceServices) -> Tenant:
-    return services.authenticator.authenticate(request.headers.get("Authorization"))
+def _tenant() -> Tenant:
+    return known(request.scope[TENANT])  # type: ignore[literal-required]
+
+
+def _charged_tenant(services: InferenceServices) -> Tenant:
+    """Who asks for work; it counts whatever becomes of it, else refusals would cost nothing."""
+    tenant = _tenant()
+    services.admission.charge(tenant)
+    return tenant
 
 
 def _check_model(name: str, services: InferenceServices) -> None:
@@ -534,4 +544,11 @@ def _json(value: JsonObject) -> Response:
     return Response(canonical_json(value), content_type="application/json")
 
 
-__all__ = ["CLEANUP", "PREFIXES", "InferenceServices", "add_inference_routes", "infer"]
+__all__ = [
+    "CLEANUP",
+    "PREFIXES",
+    "TENANT",
+    "InferenceServices",
+    "add_inference_routes",
+    "infer",
+]

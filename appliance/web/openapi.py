@@ -60,6 +60,7 @@ _GENERATING = (
     errors.EngineDied, errors.EngineHung, errors.EngineStreamFailed, errors.EngineProtocolError,
     errors.AttestationFailed,
 )  # fmt: skip
+_TOKENIZING = (*_READING, errors.RateLimited, errors.Overloaded)
 _EMBEDDING = tuple(error for error in _GENERATING if error is not errors.InvalidSeed)
 _PROVING = (errors.RateLimited, errors.Overloaded, errors.AttestationFailed)
 _SHOWING = (
@@ -164,7 +165,8 @@ def _met(operation: _Operation, config: MeasuredConfig) -> set[type[ApplianceErr
     if config.auth.mode == "keys":
         return set(operation.errors)
     # A peer's rate is bounded whether there are keys or not.
-    by_key = _ONLY_WITH_KEYS if operation.errors in (_GENERATING, _EMBEDDING) else _ASKING_A_KEY
+    asking_for_work = (_GENERATING, _EMBEDDING, _TOKENIZING)
+    by_key = _ONLY_WITH_KEYS if operation.errors in asking_for_work else _ASKING_A_KEY
     return set(operation.errors) - set(by_key)
 
 
@@ -406,9 +408,10 @@ _OPERATIONS = (
     _Operation("model", "The model that is served", _everywhere("/models/{model_id}"),
                {"200": _json(_ref("schemas", "Model"))}, errors=_NAMING),
     _Operation("tokenize", "Token ids of a text or of several", _everywhere("/tokenize"),
-               {"200": _json(_TOKENS)}, "TokenizeRequest", _READING),
+               {"200": _json(_TOKENS)}, "TokenizeRequest", _TOKENIZING),
     _Operation("detokenize", "Texts of token ids", _everywhere("/detokenize"),
-               {"200": _json(_object(text=_one_or_many(_TEXT)))}, "DetokenizeRequest", _READING),
+               {"200": _json(_object(text=_one_or_many(_TEXT)))}, "DetokenizeRequest",
+               _TOKENIZING),
     _Operation("health", "Whether it serves", ("/health", "/health/ready", "/~inference@1.0/health",
                                                "/~inference@1.0/v1/health"),
                {"200": _HEALTH, "503": _HEALTH}),

@@ -43,7 +43,7 @@ from appliance.errors import (
     RequestError,
 )
 from appliance.log import configure_log
-from appliance.serving.auth import hash_key
+from appliance.serving.auth import Authenticator, hash_key
 from appliance.web.app import create_app
 from appliance.web.attestation import AttestationServices, GenerateRequest, VerifyRequest
 from appliance.web.health import HealthSource
@@ -116,8 +116,12 @@ def no_metrics() -> SimpleNamespace:
 
 
 def test_every_route_is_in_the_document_and_nothing_else(tmp_path: Path) -> None:
+    config = configured(tmp_path)
     services = cast(
-        InferenceServices, SimpleNamespace(config=configured(tmp_path), metrics=no_metrics())
+        InferenceServices,
+        SimpleNamespace(
+            config=config, metrics=no_metrics(), authenticator=Authenticator(config.auth)
+        ),
     )
     log = configure_log(format="json", level="error")
     proof = cast(AttestationServices, SimpleNamespace(config=services.config))

@@ -147,6 +147,32 @@ async def test_a_key_has_its_own_rate(nursery: trio.Nursery, tmp_path: Path) -> 
     assert (await ask(appliance, BOB)).status_code == 200
 
 
+async def test_a_keys_rate_counts_what_is_invalid_and_what_needs_no_engine(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    """Charged before the body is read: 30 broken bodies were 30 times read and refused as such."""
+    appliance = await with_keys(nursery, tmp_path, alice={"requests_per_minute": 2})
+    for path in (CHAT, "/v1/completions", "/v1/embeddings", "/v1/tokenize", "/v1/detokenize"):
+        async with appliance.client(headers={"Authorization": f"Bearer {BOB}"}) as client:
+            assert (await client.post(path, content=b"{")).status_code == 400
+    async with appliance.client(headers={"Authorization": f"Bearer {ALICE}"}) as client:
+        answers = [await client.post(CHAT, content=b"{") for _ in range(30)]
+        assert [one.status_code for one in answers[:3]] == [400, 400, 429]
+        assert {one.status_code for one in answers[3:]} == {429}
+        for path in ("/v1/completions", "/v1/embeddings", "/v1/tokenize", "/v1/detokenize"):
+            refused = await client.post(path, content=b"{")
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            assert 1 <= int(refused.headers["retry-after"]) <= 30
+            assert "x-receipt-id" not in refused.headers
+        # The refusal does not wait for a body that does not come.
+        async with RawConnection.open(appliance) as half:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+            await half.stream.send_all(f"{head}Authorization: Bearer {ALICE}\r\n\r\n".encode())
+            with trio.fail_after(5):
+                assert (await half.stream.receive_some(4096)).startswith(b"HTTP/1.1 429 ")
+
+
 async def test_one_key_cannot_starve_another(nursery: trio.Nursery, tmp_path: Path) -> None:
     appliance = await with_keys(nursery, tmp_path, limits={"max_concurrent": 1, "max_choices": 1})
     finished: list[str] = []
@@ -169,6 +195,76 @@ async def test_one_key_cannot_starve_another(nursery: trio.Nursery, tmp_path: Pa
     # finished while his request was on its way.
     assert finished.index("bob") - before <= 4, finished
     assert finished.count("alice") == 12
+
+
+@pytest.mark.parametrize("max_waiting", [1024, 3])
+async def test_a_key_without_bounds_leaves_places_and_room_in_line_for_another(
+    nursery: trio.Nursery, tmp_path: Path, max_waiting: int
+) -> None:
+    """Alice asks for twice what there is, for as long as she likes; Bob is served at once."""
+    places = 16
+    appliance = await with_keys(
+        nursery, tmp_path, limits={"max_concurrent": places, "max_waiting": max_waiting}
+    )
+    statuses: list[int] = []
+    endless = body("[[mode:slow:50]] Go", stream=True, ignore_eos=True, max_tokens=1000)
+
+    async def hoard() -> None:
+        headers = {"Authorization": f"Bearer {ALICE}"}
+        async with (
+            appliance.client(headers=headers) as client,
+            client.stream("POST", CHAT, json=endless) as response,
+        ):
+            statuses.append(response.status_code)
+            async for _ in response.aiter_lines():
+                pass
+
+    async with trio.open_nursery() as hoarding:
+        for _ in range(2 * places):
+            hoarding.start_soon(hoard)
+        with trio.fail_after(20):
+            while await appliance.engine_counter("sglang:num_running_reqs") < places - 1:
+                await trio.sleep(0.02)
+        for _ in range(3):
+            with trio.fail_after(10):
+                answer = await ask(appliance, BOB)
+            assert answer.status_code == 200
+        assert await appliance.engine_counter("sglang:num_running_reqs") == places - 1
+        hoarding.cancel_scope.cancel()
+    assert statuses.count(200) == places - 1
+    if max_waiting == 3:
+        assert statuses.count(503) == places + 1 - max_waiting
+
+
+async def test_a_keys_whole_bodies_leave_room_for_anothers(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    """Alice's bodies wait in line with her requests; nothing of them could give way."""
+    appliance = await with_keys(
+        nursery,
+        tmp_path,
+        limits={
+            "max_concurrent": 2,
+            "max_choices": 1,
+            "max_body_bytes": 1 << 16,
+            "max_body_bytes_total": 1 << 18,
+        },
+    )
+    large, small = "[[mode:slow:50]] " + " " * 60_000, "Go " + " " * 10_000
+    statuses: list[int] = []
+
+    async def wait() -> None:
+        statuses.append((await ask(appliance, ALICE, large, ignore_eos=True)).status_code)
+
+    async with trio.open_nursery() as waiting:
+        for _ in range(8):
+            waiting.start_soon(wait)
+        with trio.fail_after(20):
+            while len(statuses) < 5:
+                await trio.sleep(0.02)
+        assert statuses == [503] * 5  # three of them are three quarters
+        assert (await ask(appliance, BOB, small)).status_code == 200
+        waiting.cancel_scope.cancel()
 
 
 async def test_a_full_line_and_a_long_wait_are_503_with_a_time_to_come_back(

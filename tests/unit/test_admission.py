@@ -21,13 +21,10 @@ from appliance.errors import (
     Overloaded,
     RateLimited,
 )
-from appliance.serving.admission import (
-    RETRY_AFTER_S,
-    Admission,
-    Exchange,
-)
+from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import ANONYMOUS, Tenant
 from appliance.serving.lifecycle import Lifecycle, State
+from appliance.serving.turns import FREE_SHARE, RETRY_AFTER_S
 
 ALICE, BOB, CAROL = (Tenant(name=name, id=name * 2) for name in ("alice", "bob", "carol"))
 PATIENCE_S = 5.0
@@ -40,9 +37,11 @@ def lifecycle(*steps: State) -> Lifecycle:
     return life
 
 
-def serving(places: int = 4, life: Lifecycle | None = None, **limits: Any) -> Admission:
+def serving(
+    places: int = 4, life: Lifecycle | None = None, *, tenants: int = 1, **limits: Any
+) -> Admission:
     limits = {"max_concurrent": places, "max_wait_s": 30.0, **limits}
-    return Admission(life or lifecycle(State.SERVING), Limits(**limits))
+    return Admission(life or lifecycle(State.SERVING), Limits(**limits), tenants=tenants)
 
 
 async def admit(admission: Admission, tenant: Tenant = ANONYMOUS, *, places: int = 1) -> Exchange:
@@ -187,7 +186,7 @@ async def test_places_go_round_the_tenants_however_long_their_lines(nursery: tri
 
 async def test_nobody_overtakes_a_request_for_many_places(nursery: trio.Nursery) -> None:
     line = Line(nursery, serving(places=3))
-    await line.join("a", ALICE, places=2)
+    await line.join("a", CAROL, places=2)
     await line.join("wide", ALICE, places=3)
     await line.join("narrow", BOB)  # it would fit
     assert line.admitted == ["a"]
@@ -199,7 +198,7 @@ async def test_nobody_overtakes_a_request_for_many_places(nursery: trio.Nursery)
 
 async def test_who_gives_up_frees_the_way_for_those_behind(nursery: trio.Nursery) -> None:
     line = Line(nursery, serving(places=3))
-    await line.join("a", ALICE, places=2)
+    await line.join("a", CAROL, places=2)
     wide = await line.join("wide", ALICE, places=3)
     await line.join("narrow", BOB)
     wide.cancel()
@@ -229,6 +228,72 @@ async def test_the_line_is_bounded(nursery: trio.Nursery) -> None:
     assert isinstance(line.errors["c"], Overloaded)
     await line.release("a")
     assert line.admitted == ["a", "b"]
+
+
+async def test_a_full_line_costs_the_tenant_with_most_in_it(nursery: trio.Nursery) -> None:
+    line = Line(nursery, serving(places=1, tenants=3, max_waiting=3))
+    for number in range(4):
+        await line.join(f"alice-{number}", ALICE)
+    await line.join("bob", BOB)
+    assert list(line.errors) == ["alice-3"]  # the newest
+    assert line.errors["alice-3"].retry_after_s == RETRY_AFTER_S
+    await line.join("alice-4", ALICE)
+    await line.join("carol", CAROL)
+    assert list(line.errors) == ["alice-3", "alice-4", "alice-2"]
+    await line.join("bob-1", BOB)  # Alice has one running and one in line, so would he have two
+    assert list(line.errors)[3:] == ["bob-1"]
+    for name in ("alice-0", "alice-1", "bob"):
+        await line.release(name)
+    assert line.admitted == ["alice-0", "alice-1", "bob", "carol"]
+
+
+async def test_a_free_place_goes_to_the_tenant_with_fewest(nursery: trio.Nursery) -> None:
+    line = Line(nursery, serving(places=4))
+    for name in ("a", "b", "c", "d", "e"):
+        await line.join(name, ALICE)
+    await line.join("bob-0", BOB)
+    await line.join("bob-1", BOB)
+    await line.release("a")
+    await line.release("b")
+    await line.release("c")
+    assert line.admitted == ["a", "b", "c", "d", "bob-0", "bob-1", "e"]
+
+
+async def test_one_tenant_never_holds_every_place_where_there_are_several(
+    nursery: trio.Nursery,
+) -> None:
+    places = 2 * (FREE_SHARE + 1)
+    line = Line(nursery, serving(places, tenants=3))
+    for number in range(places):
+        await line.join(f"alice-{number}", ALICE)
+    assert len(line.admitted) == 2 * FREE_SHARE
+    await line.join("bob", BOB)
+    await line.join("carol", CAROL)
+    assert line.admitted[2 * FREE_SHARE :] == ["bob", "carol"]
+
+
+async def test_a_single_tenant_may_hold_every_place(nursery: trio.Nursery) -> None:
+    line = Line(nursery, serving(16, tenants=1))
+    for number in range(16):
+        await line.join(str(number), ALICE)
+    assert line.admission.running == 16
+
+
+async def test_who_asks_for_more_than_his_share_leaves_holds_up_nobody_else(
+    nursery: trio.Nursery,
+) -> None:
+    line = Line(nursery, serving(16, tenants=2))
+    await line.join("alice", ALICE)
+    await line.join("wide", ALICE, places=15)
+    await line.join("bob-0", BOB)
+    await line.join("bob-1", BOB)
+    assert line.admitted == ["alice", "bob-0", "bob-1"]
+    await line.release("alice")
+    await line.join("bob-2", BOB)  # now she has none, and is waited for
+    await line.release("bob-0")
+    assert "bob-2" not in line.admitted
+    await line.release("bob-1")
+    assert line.admitted[3:] == ["wide", "bob-2"]
 
 
 async def test_waiting_is_bounded_in_time(
@@ -312,6 +377,37 @@ def test_places_are_never_given_twice_and_never_lost(
     trio.run(scenario)
 
 
+@given(
+    places=st.integers(16, 40),
+    max_waiting=st.integers(4, 20),
+    steps=st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=120),
+)
+def test_who_has_nothing_and_asks_for_one_place_is_never_refused_by_the_others_greed(
+    places: int, max_waiting: int, steps: list[tuple[int, bool]]
+) -> None:
+    """Alice, Bob and Carol ask as much as they like; Dave, who comes at any moment, is served."""
+
+    async def scenario() -> None:
+        async with trio.open_nursery() as nursery:
+            line = Line(nursery, serving(places, tenants=4, max_waiting=max_waiting))
+            greedy, dave = (ALICE, BOB, CAROL), Tenant(name="dave", id="dave")
+            for number, (who, ends) in enumerate(steps):
+                if ends and line.exchanges:
+                    await line.release(next(iter(line.exchanges)))
+                else:
+                    await line.join(str(number), greedy[who])
+                name = f"dave-{number}"
+                await line.join(name, dave)
+                for _ in greedy:  # each of whom may have had nothing, and have come before him
+                    if name not in line.exchanges:
+                        await line.release(next(iter(line.exchanges)))
+                assert name not in line.errors
+                await line.release(name)
+            nursery.cancel_scope.cancel()
+
+    trio.run(scenario)
+
+
 # ---------------------------------------------------------------------------- a tenant's bounds
 
 
@@ -332,33 +428,35 @@ async def test_a_tenants_generations_are_bounded_waiting_ones_included(
     assert "again" not in line.errors
 
 
-async def test_a_minutes_worth_may_come_at_once_and_then_one_at_a_time() -> None:
+def test_a_minutes_worth_may_come_at_once_and_then_one_at_a_time() -> None:
     now = 100.0
     tenant = Tenant(name="t", id="t", requests_per_minute=6)
     admission = Admission(lifecycle(State.SERVING), Limits(), clock=lambda: now)
     for _ in range(6):
-        (await admit(admission, tenant)).release()
+        admission.charge(tenant)
     with pytest.raises(RateLimited) as caught:
-        await admit(admission, tenant)
+        admission.charge(tenant)
     assert caught.value.retry_after_s == 10
     now += 10
-    (await admit(admission, tenant)).release()
+    admission.charge(tenant)
     with pytest.raises(RateLimited):
-        await admit(admission, tenant)
+        admission.charge(tenant)
     now += 3600
     for _ in range(6):
-        (await admit(admission, tenant)).release()
+        admission.charge(tenant)
     with pytest.raises(RateLimited):
-        await admit(admission, tenant)
+        admission.charge(tenant)
 
 
-async def test_one_tenants_rate_is_not_anothers() -> None:
+def test_one_tenants_rate_is_not_anothers() -> None:
     admission = Admission(lifecycle(State.SERVING), Limits(), clock=lambda: 0.0)
     first, second = (Tenant(name=name, id=name, requests_per_minute=1) for name in "ab")
-    await admit(admission, first)
+    admission.charge(first)
     with pytest.raises(RateLimited):
-        await admit(admission, first)
-    await admit(admission, second)
+        admission.charge(first)
+    admission.charge(second)
+    for _ in range(100):
+        admission.charge(BOB)  # no rate of his own
 
 
 # ---------------------------------------------------------------------------- ending an exchange

@@ -1,11 +1,11 @@
-"""The budget of request bodies: never exceeded, always given back, and fair between peers."""
+"""The budget of request bodies: never exceeded, always given back, and fair between parties."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from appliance.serving.bodies import BodyBudget, HeldBody
+from appliance.serving.bodies import FREE_SHARE, BodyBudget, HeldBody
 
 MAX_BYTES = 1000
 
@@ -13,10 +13,10 @@ MAX_BYTES = 1000
 class Upload:
     """One request that uploads."""
 
-    def __init__(self, budget: BodyBudget, site: str) -> None:
+    def __init__(self, budget: BodyBudget, party: str) -> None:
         self.refusals = 0
         self.kept = 0
-        self.body: HeldBody = budget.hold(site, self._refused)
+        self.body: HeldBody = budget.hold(party, self._refused)
 
     def send(self, size: int) -> bool:
         if self.body.grow(size):
@@ -67,6 +67,32 @@ def test_whole_bodies_do_not_give_way_and_the_newcomer_does() -> None:
     assert budget.held == 950
 
 
+def test_a_party_with_many_whole_bodies_leaves_room_for_others() -> None:
+    """Nothing of hers gives way any more; so she is refused the next, and not Bob his first."""
+    budget = BodyBudget(MAX_BYTES)
+    alice = [Upload(budget, "alice") for _ in range(10)]
+    for upload in alice:
+        upload.send(100)
+        upload.body.finish()
+    assert [upload.refusals for upload in alice] == [0] * 7 + [1] * 3
+    bob = [Upload(budget, "bob") for _ in range(2)]
+    for upload in bob:
+        assert upload.send(50)
+        upload.body.finish()
+    assert Upload(budget, "carol").send(100)
+
+
+def test_who_holds_most_gives_way_though_most_of_it_is_whole() -> None:
+    budget = BodyBudget(MAX_BYTES)
+    whole, half, other = Upload(budget, "a"), Upload(budget, "a"), Upload(budget, "b")
+    assert whole.send(600)
+    whole.body.finish()
+    assert half.send(50)
+    assert other.send(300)
+    assert other.send(60)
+    assert (half.refusals, other.refusals) == (1, 0)
+
+
 def test_a_small_body_of_another_peer_survives_a_large_newcomer() -> None:
     budget = BodyBudget(MAX_BYTES)
     small, large = Upload(budget, "a"), Upload(budget, "b")
@@ -105,8 +131,11 @@ def test_what_is_kept_is_what_is_counted_and_never_too_much(
             upload.kept = 0
         assert sum(upload.kept for upload in uploads) == budget.held <= MAX_BYTES
         assert all(upload.refusals <= 1 for upload in uploads)
+        for party in "abc":
+            kept = [upload.kept for upload in uploads if upload.body.party == party]
+            most = max(kept)
+            assert sum(kept) <= max(most, MAX_BYTES * FREE_SHARE / (FREE_SHARE + 1))
     for upload in uploads:
         upload.body.release()
     assert budget.held == 0
-    assert not budget._arriving
-    assert not budget._bodies
+    assert not budget._parties
