@@ -210,6 +210,8 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
         max_response_bytes: one non-streamed engine answer, held in memory.
         max_event_bytes: one SSE event of the engine.
         max_nesting: depth of a JSON body.
+        max_json_values: strings, commas and opening brackets of a JSON body, about the number of its
+            values. A prompt of token ids has one for each.
         max_concurrent: engine generations at once; `n` choices count as `n`. Where there are several
             keys, one alone gets 15 of 16.
         max_waiting: requests in line for a place; over it the key with most of them, and of running
@@ -237,6 +239,7 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     max_response_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 64 << 20
     max_event_bytes: Annotated[int, Meta(ge=1024, le=1 << 28)] = 4 << 20
     max_nesting: Annotated[int, Meta(ge=4, le=256)] = 64
+    max_json_values: Annotated[int, Meta(ge=1024, le=1 << 26)] = 1 << 19
     max_concurrent: Count = 256
     max_waiting: Annotated[int, Meta(ge=0, le=1_000_000)] = 1024
     max_wait_s: Seconds = 30.0

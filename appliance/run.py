@@ -57,6 +57,7 @@ from appliance.serving.metrics import Metrics
 from appliance.serving.own_evidence import OwnEvidence, rim_authenticator
 from appliance.serving.reattestation import Reattestation
 from appliance.serving.receipts import ReceiptLimits, ReceiptStore
+from appliance.serving.workers import Workers
 from appliance.web.app import create_app
 from appliance.web.attestation import AttestationServices, PeerRate
 from appliance.web.health import HealthSource
@@ -260,6 +261,8 @@ class _Appliance:
             engine=booted.engine.address,
             aborts=aborts,
             tokenizer=booted.tokenizer,
+            parsing=self._workers("parsing"),
+            tokenizing=self._workers("tokenizing"),
             vocabulary_size=booted.vocabulary_size,
             metrics=self.metrics,
             authenticator=Authenticator(self.config.auth),
@@ -287,6 +290,7 @@ class _Appliance:
             now=self.wall_clock,
             receipts=self.receipts,
             rate=PeerRate(self.config.limits.reports_per_minute),
+            parsing=services.parsing,
         )
         self.reattestation = booted.reattestation
         app = create_app(
@@ -327,6 +331,10 @@ class _Appliance:
                 log=self.log,
             )
             helpers.cancel_scope.cancel()
+
+    def _workers(self, what: str) -> Workers:
+        limits = self.config.limits
+        return Workers(what, max_waiting=limits.max_waiting, max_wait_s=limits.max_wait_s)
 
     async def _watch_chain(
         self, booted: Booted, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

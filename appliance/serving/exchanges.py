@@ -156,12 +156,16 @@ class ExchangeRecord:
         self._keyset_digest = attested.epoch.keyset_digest
         self._desk.store.add_epoch(attested.epoch)
 
-    def forwarded(self, body: JsonObject, plans: Sequence[ChoicePlan]) -> None:
-        """The engine is about to get these requests."""
+    def forwarded(self, body_hash: bytes, plans: Sequence[ChoicePlan]) -> None:
+        """The engine is about to get these requests.
+
+        Args:
+            body_hash: as `forwarded_hash_of` makes it.
+        """
         identity = self._desk.identity
         engine = identity.manifest["engine"]
         assert isinstance(engine, dict)
-        self._forwarded = RequestForwarded(forwarded_hash(forwarded_bodies(body, plans)))
+        self._forwarded = RequestForwarded(body_hash)
         self._engine = EngineUsed(
             workload_digest=identity.workload_digest,
             seed=int(str(plans[0].set.get("seed", NO_SEED))),
@@ -334,6 +338,11 @@ class ExchangeRecord:
                 data=sign_receipt(document, key_id=key.public.key_id, sign=key.sign),
             )
         )
+
+
+def forwarded_hash_of(body: JsonObject, plans: Sequence[ChoicePlan]) -> bytes:
+    """SHA-256 of everything that is forwarded of a request; takes as long as it is large."""
+    return forwarded_hash(forwarded_bodies(body, plans))
 
 
 def _event(attested: Attested, phase: Phase, core_sha256: bytes | None = None) -> GpuAttested:

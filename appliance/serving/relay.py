@@ -27,9 +27,17 @@ from appliance.engine.client import (
     open_exchange,
     read_refusal,
 )
-from appliance.errors import EngineError, EngineProtocolError, EngineStreamFailed, Malformed
+from appliance.errors import (
+    EngineError,
+    EngineProtocolError,
+    EngineStreamFailed,
+    EngineUnavailable,
+    Malformed,
+    Overloaded,
+)
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Exchange
+from appliance.serving.workers import Work
 from appliance.wire.answers import ChunkMerger, merge_answers
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json_object
 from appliance.wire.openai import ChoicePlan, InferenceRequest, forwarded_body
@@ -62,18 +70,26 @@ async def forward(
     plans: Sequence[ChoicePlan],
     exchange: Exchange,
     aborts: Aborts,
+    *,
+    work: Work,
 ) -> list[EngineResponse]:
     """Send the engine one request per planned choice.
 
     The connections belong to the exchange from here on: its end closes them, and aborts what the
     engine has not answered completely.
 
+    Args:
+        work: how to put a body of this size in canonical form.
+
     Raises:
-        EngineUnavailable: the engine does not take them.
+        EngineUnavailable: the engine does not take them, or they were not written in time.
     """
     responses = []
     for plan in plans:
-        body = forwarded_body(request.body, plan)
+        try:
+            body = await work(partial(forwarded_body, request.body, plan))
+        except Overloaded as error:
+            raise EngineUnavailable(f"the request was not sent: {error.message}") from error
         if "rid" in plan.set:  # embeddings have none; the engine notices when nobody listens
             exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
         response = await open_exchange(address, "POST", request.endpoint.value, body)

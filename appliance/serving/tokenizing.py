@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-import trio
 
 from appliance.errors import ModelError
 
@@ -16,35 +15,24 @@ _FILE = "tokenizer.json"
 
 
 class ModelTokenizer:
-    """Encodes and decodes off the event loop, one call at a time: long texts take a while."""
+    """Encodes and decodes. Long texts take a while: not for the event loop's own thread."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._limiter = trio.CapacityLimiter(1)
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""
+        return [
+            self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            for text in texts
+        ]
 
-        def encode() -> list[list[int]]:
-            return [
-                self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-                for text in texts
-            ]
-
-        return await trio.to_thread.run_sync(encode, limiter=self._limiter)
-
-    async def decode(
-        self, batches: Sequence[Sequence[int]], *, skip_special_tokens: bool
-    ) -> list[str]:
+    def decode(self, batches: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """The text of each sequence of token ids; ids the model does not have are left out."""
-
-        def decode() -> list[str]:
-            return [
-                self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-                for ids in batches
-            ]
-
-        return await trio.to_thread.run_sync(decode, limiter=self._limiter)
+        return [
+            self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            for ids in batches
+        ]
 
 
 def load_tokenizer(model_path: Path) -> ModelTokenizer | None:

@@ -36,6 +36,7 @@ from appliance.serving.own_evidence import OwnEvidence
 from appliance.serving.receipts import ReceiptStore
 from appliance.serving.reports import Reports
 from appliance.serving.shown_evidence import shown_evidence
+from appliance.serving.workers import Workers
 from appliance.web.bodies import read_object
 from appliance.web.evidence import evidence_or_refusal
 from appliance.web.peers import site_of
@@ -96,6 +97,7 @@ class AttestationServices:
     authenticator: Authenticator
     now: Callable[[], float]
     rate: PeerRate
+    parsing: Workers
 
 
 @dataclass(slots=True)
@@ -131,7 +133,7 @@ class PeerRate:
 
 def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> None:
     """Reports, the GPU attestation device, and what tells clients where they are."""
-    max_nesting = services.config.limits.max_nesting
+    limits = services.config.limits
     deadline_s = 4 * services.config.attestation.collect_s
 
     async def report() -> Response:
@@ -158,8 +160,8 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
 
     async def generated() -> Response:
         services.authenticator.authenticate(request.headers.get("Authorization"))
-        wanted = convert(await read_object(max_nesting=max_nesting), GenerateRequest)
-        _count(services)
+        peer = _count(services)
+        wanted = convert(await read_object(limits, services.parsing, peer), GenerateRequest)
         nonce = bytes.fromhex(wanted.nonce)
         join = partial(services.epochs.join, "generate", generate_commitment(nonce))
         attested = await evidence_or_refusal(deadline_s, join)
@@ -167,10 +169,10 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
 
     async def verified() -> Response:
         services.authenticator.authenticate(request.headers.get("Authorization"))
-        document = await read_object(max_nesting=max_nesting)
+        peer = _count(services)
+        document = await read_object(limits, services.parsing, peer)
         convert(document, VerifyRequest)
         presented = parse_presented(document)
-        _count(services)
         try:
             result = await services.own.appraise_presented(presented)
         except EvidenceError as error:
@@ -263,8 +265,11 @@ def _verified_document(result: AttestationResult) -> JsonObject:
     }
 
 
-def _count(services: AttestationServices) -> None:
-    services.rate.take(site_of(request.remote_addr) if request.remote_addr else "")
+def _count(services: AttestationServices) -> str:
+    """Count a request against its peer's rate, before anything is done for it; who that is."""
+    peer = site_of(request.remote_addr) if request.remote_addr else ""
+    services.rate.take(peer)
+    return peer
 
 
 def _query_nonce() -> bytes | None:

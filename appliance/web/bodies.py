@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from quart import request
 
+from appliance.config import Limits
 from appliance.errors import UnsupportedFeature
+from appliance.serving.workers import Workers
 from appliance.wire.canonical import JsonObject, parse_json_object
 
 
@@ -17,6 +21,13 @@ async def read_body() -> bytes:
     return data
 
 
-async def read_object(*, max_nesting: int) -> JsonObject:
-    """The body as a JSON object, at most so deep."""
-    return parse_json_object(await read_body(), max_nesting=max_nesting)
+async def read_object(limits: Limits, workers: Workers, party: str) -> JsonObject:
+    """The body as a JSON object; a large one is parsed in a thread, in its party's turn."""
+    raw = await read_body()
+    parse = partial(
+        parse_json_object,
+        raw,
+        max_nesting=limits.max_nesting,
+        max_values=limits.max_json_values,
+    )
+    return await workers.for_size(party, len(raw))(parse)

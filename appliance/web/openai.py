@@ -30,7 +30,7 @@ from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import Authenticator, Tenant, cache_salt, known
 from appliance.serving.epochs import Attested, Epochs
-from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
+from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk, forwarded_hash_of
 from appliance.serving.metrics import (
     CLIENT_DISCONNECTED,
     COMPLETE,
@@ -45,7 +45,8 @@ from appliance.serving.relay import (
     forward,
 )
 from appliance.serving.tokenizing import ModelTokenizer
-from appliance.web.bodies import read_body, read_object
+from appliance.serving.workers import Work, Workers
+from appliance.web.bodies import read_body
 from appliance.web.evidence import evidence_or_refusal
 from appliance.web.problem import defect, error_body, problem
 from appliance.web.stream import EventStreamBody, ProvenStreamBody, StreamProof
@@ -54,6 +55,7 @@ from appliance.wire.canonical import (
     JsonObject,
     JsonValue,
     canonical_json,
+    parse_json_object,
 )
 from appliance.wire.checkpoint import checkpoint_chunk
 from appliance.wire.commitments import completion_commitment
@@ -73,6 +75,9 @@ from appliance.wire.output import encode_answer
 
 NONCE_BYTES = 32
 
+MAX_TOKENIZED_CHARACTERS = 1 << 20
+"""Of one request, all its texts together: some seconds of work, and at most four tokens each."""
+
 CLEANUP = "dcv.cleanup"
 """Key in the ASGI scope of the ExitStack that `web.app` closes when the request is over."""
 
@@ -90,6 +95,7 @@ class InferenceServices:
         random: so many random bytes.
         created: Unix seconds told as the model's creation: when this appliance booted.
         tokenizer: None when the model has no usable tokenizer file.
+        parsing: of large bodies, and putting them in canonical form. tokenizing: of any.
         vocabulary_size: token ids are below it; None when the model does not say: none are taken.
         evidence_s: seconds that a request may wait for its evidence.
     """
@@ -99,6 +105,8 @@ class InferenceServices:
     engine: EngineAddress
     aborts: Aborts
     tokenizer: ModelTokenizer | None
+    parsing: Workers
+    tokenizing: Workers
     vocabulary_size: int | None
     authenticator: Authenticator
     cache_secret: bytes = field(repr=False)
@@ -168,12 +176,14 @@ class _Arrival:
 
     Attributes:
         raw: the wire body.
+        work: how to do what takes as long as the body is large.
         cleanup: run when the request is over, however it ended.
     """
 
     endpoint: Endpoint
     tenant: Tenant
     raw: bytes = field(repr=False)
+    work: Work
     cleanup: ExitStack
     observed: ExchangeMetrics
     record: ExchangeRecord
@@ -208,8 +218,9 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     record = _open_record(services, tenant, raw)
     cleanup.callback(record.abandoned)
     try:
+        work = services.parsing.for_size(tenant.id, len(raw))
         response, streaming = await _infer(
-            services, _Arrival(endpoint, tenant, raw, cleanup, observed, record)
+            services, _Arrival(endpoint, tenant, raw, work, cleanup, observed, record)
         )
     except ApplianceError as error:
         observed.end(error.code)
@@ -232,16 +243,11 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
 
 async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Response, bool]:
     """The other steps of `infer`; also says whether the answer goes on as a stream."""
-    limits, record = services.config.limits, arrival.record
+    record = arrival.record
     # 3. Understand, every key or none.
     _client_nonce()
-    body = parse_body(arrival.raw, max_nesting=limits.max_nesting)
-    extra_keys = services.config.engine.extra_request_keys
-    wanted = parse_request(arrival.endpoint, body, extra_keys=extra_keys)
     response_id = arrival.endpoint.id_prefix + services.random(16).hex()
-    _check_model(wanted.model, services)
-    _check_task(wanted.endpoint, services)
-    _check_token_ids(wanted, services)
+    wanted = await arrival.work(partial(_understand, services, arrival.endpoint, arrival.raw))
     _check_transport(wanted)
     wanted = replace(wanted, proof=wanted.proof.with_query(request.args.getlist("tee")))
     record.understood(wanted, response_id)
@@ -250,8 +256,9 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Respon
         response_id=response_id,
         seed=int.from_bytes(services.random(7), "big") & MAX_SAFE_INTEGER,
         cache_salt=cache_salt(services.cache_secret, arrival.tenant),
-        max_choices=limits.max_choices,
+        max_choices=services.config.limits.max_choices,
     )
+    body_hash = await arrival.work(partial(forwarded_hash_of, wanted.body, plans))
     # 4. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
     exchange = await services.admission.admit(arrival.tenant, places=len(plans))
     arrival.cleanup.callback(exchange.release)
@@ -260,7 +267,7 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Respon
     attested = await _evidence(services, record)
     record.admitted(attested)
     # 6. Forward and relay.
-    record.forwarded(wanted.body, plans)
+    record.forwarded(body_hash, plans)
     admitted = _Admitted(arrival, wanted, plans, exchange, response_id)
     try:
         if wanted.stream:
@@ -268,6 +275,18 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Respon
         return await _complete(services, admitted), False
     except EngineError as error:
         raise exchange.interrupted or error from error
+
+
+def _understand(services: InferenceServices, endpoint: Endpoint, raw: bytes) -> InferenceRequest:
+    """What a body asks for, if it is something that this appliance does."""
+    limits = services.config.limits
+    body = parse_body(raw, max_nesting=limits.max_nesting, max_values=limits.max_json_values)
+    extra_keys = services.config.engine.extra_request_keys
+    wanted = parse_request(endpoint, body, extra_keys=extra_keys)
+    _check_model(wanted.model, services)
+    _check_task(wanted.endpoint, services)
+    _check_token_ids(wanted, services)
+    return wanted
 
 
 async def _record_defect(
@@ -319,7 +338,12 @@ async def _complete(services: InferenceServices, one: _Admitted) -> Response:
     try:
         with trio.fail_after(limits.generation_s):
             responses = await forward(
-                services.engine, wanted, one.plans, one.exchange, services.aborts
+                services.engine,
+                wanted,
+                one.plans,
+                one.exchange,
+                services.aborts,
+                work=one.arrival.work,
             )
             if wanted.endpoint is Endpoint.EMBEDDINGS:
                 answer = await collect_embeddings(responses[0], wanted, limits)
@@ -369,7 +393,12 @@ async def _stream(services: InferenceServices, one: _Admitted) -> Response:
     try:
         with trio.fail_at(deadline):
             responses = await forward(
-                services.engine, wanted, one.plans, one.exchange, services.aborts
+                services.engine,
+                wanted,
+                one.plans,
+                one.exchange,
+                services.aborts,
+                work=one.arrival.work,
             )
     except trio.TooSlowError:
         raise EngineStreamFailed("the engine did not take the request in time") from None
@@ -421,18 +450,38 @@ def _stream_body(
 
 async def encode_tokens(services: InferenceServices) -> Response:
     """`/v1/tokenize`: token ids of a text or of several."""
-    _charged_tenant(services)
+    return await _tokenizing(services, _encoded)
+
+
+async def decode_tokens(services: InferenceServices) -> Response:
+    """`/v1/detokenize`: the text of token ids, or of several lists of them."""
+    return await _tokenizing(services, _decoded)
+
+
+async def _tokenizing(
+    services: InferenceServices, answer: Callable[[InferenceServices, ModelTokenizer, bytes], bytes]
+) -> Response:
+    """Parsing, tokenizing and writing the answer are one piece of work, away from the loop."""
+    tenant = _charged_tenant(services)
     tokenizer = _tokenizer(services)
-    wanted = convert(
-        await read_object(max_nesting=services.config.limits.max_nesting), TokenizeRequest
-    )
+    raw = await read_body()
+    data = await services.tokenizing.do(tenant.id, partial(answer, services, tokenizer, raw))
+    return Response(data, content_type="application/json")
+
+
+def _encoded(services: InferenceServices, tokenizer: ModelTokenizer, raw: bytes) -> bytes:
+    wanted = convert(_parsed(services, raw), TokenizeRequest)
     _check_model(wanted.model, services)
     many = isinstance(wanted.prompt, list)
     texts = wanted.prompt if isinstance(wanted.prompt, list) else [wanted.prompt]
-    tokens = await tokenizer.encode(texts, add_special_tokens=wanted.add_special_tokens)
+    if sum(map(len, texts)) > MAX_TOKENIZED_CHARACTERS:
+        raise InvalidRequest(
+            f"prompt: expected at most {MAX_TOKENIZED_CHARACTERS} characters in all", param="prompt"
+        )
+    tokens = tokenizer.encode(texts, add_special_tokens=wanted.add_special_tokens)
     counts: list[JsonValue] = [len(ids) for ids in tokens]
     lists: list[JsonValue] = [list(ids) for ids in tokens]
-    return _json(
+    return canonical_json(
         {
             "tokens": lists if many else lists[0],
             "count": counts if many else counts[0],
@@ -441,24 +490,24 @@ async def encode_tokens(services: InferenceServices) -> Response:
     )
 
 
-async def decode_tokens(services: InferenceServices) -> Response:
-    """`/v1/detokenize`: the text of token ids, or of several lists of them."""
-    _charged_tenant(services)
-    tokenizer = _tokenizer(services)
-    wanted = convert(
-        await read_object(max_nesting=services.config.limits.max_nesting), DetokenizeRequest
-    )
+def _decoded(services: InferenceServices, tokenizer: ModelTokenizer, raw: bytes) -> bytes:
+    wanted = convert(_parsed(services, raw), DetokenizeRequest)
     _check_model(wanted.model, services)
     batches = [item for item in wanted.tokens if isinstance(item, list)]
     ids = [item for item in wanted.tokens if isinstance(item, int)]
     if batches and ids:
         raise InvalidRequest("tokens: expected token ids or lists of them", param="tokens")
     many = bool(batches)
-    texts = await tokenizer.decode(
+    texts = tokenizer.decode(
         batches if many else [ids], skip_special_tokens=wanted.skip_special_tokens
     )
     decoded: list[JsonValue] = list(texts)
-    return _json({"text": decoded if many else decoded[0]})
+    return canonical_json({"text": decoded if many else decoded[0]})
+
+
+def _parsed(services: InferenceServices, raw: bytes) -> JsonObject:
+    limits = services.config.limits
+    return parse_json_object(raw, max_nesting=limits.max_nesting, max_values=limits.max_json_values)
 
 
 def _tenant() -> Tenant:
@@ -546,6 +595,7 @@ def _json(value: JsonObject) -> Response:
 
 __all__ = [
     "CLEANUP",
+    "MAX_TOKENIZED_CHARACTERS",
     "PREFIXES",
     "TENANT",
     "InferenceServices",

@@ -26,7 +26,12 @@ from appliance.errors import ApplianceError
 from appliance.serving.lifecycle import State
 from appliance.web.attestation import PREFIXES as ATTESTATION_PREFIXES
 from appliance.web.attestation import GenerateRequest, VerifyRequest
-from appliance.web.openai import PREFIXES, DetokenizeRequest, TokenizeRequest
+from appliance.web.openai import (
+    MAX_TOKENIZED_CHARACTERS,
+    PREFIXES,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from appliance.wire.canonical import MAX_SAFE_INTEGER, JsonObject, JsonValue, canonical_json
 from appliance.wire.openai import (
     MAX_INPUT_CHARACTERS,
@@ -198,7 +203,10 @@ def _schemas(config: MeasuredConfig) -> JsonObject:
         ],
         "description": "More than white space.",
     }
-    schemas["DetokenizeRequest"]["properties"]["tokens"] = {  # decode_tokens
+    schemas["TokenizeRequest"]["properties"]["prompt"]["description"] = (  # _encoded
+        f"At most {MAX_TOKENIZED_CHARACTERS} characters in all."
+    )
+    schemas["DetokenizeRequest"]["properties"]["tokens"] = {  # _decoded
         "anyOf": [_list(_TOKEN), _list(_list(_TOKEN))]
     }
     return {**schemas, **_ANSWERS}

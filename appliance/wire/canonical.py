@@ -8,8 +8,10 @@ beyond 2^53-1, a byte order mark, a value nested too deep.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from types import NoneType
 from typing import NoReturn, TypeAlias
 
@@ -26,16 +28,22 @@ MAX_SAFE_INTEGER = 2**53 - 1
 MAX_INTEGER_DIGITS = 400
 """Of an integer that is still read, to be refused by name; a float has at most 309."""
 
+_STRING_OR_SEPARATOR = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+|[,\[{]', re.DOTALL)
+"""A string without its end is one too, and nothing is tried twice: any text takes linear time."""
+
 FIRST_EXPONENT = 1e21
 """From here on JCS writes numbers with an exponent (ECMA-262, Number::toString)."""
 
 
-def parse_json(data: bytes, *, max_nesting: int) -> JsonValue:
+def parse_json(data: bytes, *, max_nesting: int, max_values: int | None = None) -> JsonValue:
     """Parse one JSON text, refusing everything two parsers could read differently.
 
     Args:
         data: the UTF-8 text, whole; its length is the caller's bound.
         max_nesting: the deepest allowed array or object; 1 is a flat object.
+        max_values: of its strings, commas and opening brackets, about how many values it has; what
+            a text is parsed into costs by these more than by its length. None where the length is
+            bound enough.
 
     Raises:
         Malformed: with the byte offset where the text stops being JSON, or the path of the value
@@ -45,6 +53,8 @@ def parse_json(data: bytes, *, max_nesting: int) -> JsonValue:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise Malformed("expected UTF-8 text", offset=error.start) from None
+    if max_values is not None:
+        _check_values(data, max_values)
     try:
         value: JsonValue = _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -58,9 +68,11 @@ def parse_json(data: bytes, *, max_nesting: int) -> JsonValue:
     return value
 
 
-def parse_json_object(data: bytes, *, max_nesting: int) -> JsonObject:
+def parse_json_object(
+    data: bytes, *, max_nesting: int, max_values: int | None = None
+) -> JsonObject:
     """Parse a JSON text whose value is an object; otherwise as `parse_json`."""
-    value = parse_json(data, max_nesting=max_nesting)
+    value = parse_json(data, max_nesting=max_nesting, max_values=max_values)
     if not isinstance(value, dict):
         raise Malformed("expected a JSON object")
     return value
@@ -109,6 +121,20 @@ def _is_plain(value: JsonValue) -> bool:
     if type(value) is float:
         return 1e-4 <= abs(value) < 1e16 and not value.is_integer()
     return type(value) in _PLAIN_SCALARS
+
+
+def _check_values(data: bytes, max_values: int) -> None:
+    """Before anything is built of them. Inside of a string nothing counts; but mostly all that
+    there is, counted without looking, is not too much."""
+    separators = sum(data.count(one) for one in (b",", b"[", b"{"))
+    if separators + data.count(b'"') // 2 <= max_values:
+        return
+    found = _STRING_OR_SEPARATOR.finditer(data)
+    if next(itertools.islice(found, max_values, None), None) is not None:
+        raise Malformed(
+            f"expected at most {max_values} strings, commas and opening brackets, "
+            "which is [limits] max_json_values"
+        )
 
 
 def _object_without_duplicates(pairs: list[tuple[str, JsonValue]]) -> JsonObject:

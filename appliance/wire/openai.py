@@ -423,7 +423,7 @@ class InferenceRequest:
     inputs: int = 0
 
 
-def parse_body(raw: bytes, *, max_nesting: int) -> JsonObject:
+def parse_body(raw: bytes, *, max_nesting: int, max_values: int | None = None) -> JsonObject:
     """The parsed body of a request.
 
     Raises:
@@ -431,7 +431,7 @@ def parse_body(raw: bytes, *, max_nesting: int) -> JsonObject:
         Malformed: as `parse_json_object`.
     """
     try:
-        return parse_json_object(raw, max_nesting=max_nesting)
+        return parse_json_object(raw, max_nesting=max_nesting, max_values=max_values)
     except Malformed as error:
         if error.field == "$.seed":
             raise _invalid_seed() from None

@@ -23,7 +23,7 @@ from appliance.log import configure_log
 from appliance.rats.result import AttestationResult, Tier
 from appliance.serving.auth import Tenant
 from appliance.serving.epochs import Attested, Epoch
-from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
+from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk, forwarded_hash_of
 from appliance.serving.identity import create_identity
 from appliance.serving.image_facts import ImageFacts
 from appliance.serving.keys import create_signing_key
@@ -77,7 +77,7 @@ class _Desk:
         record.begin()
         record.admitted(self._attested())
         plans = plan_choices(request, response_id=chat_id, seed=1, cache_salt="s", max_choices=1)
-        record.forwarded(request.body, plans)
+        record.forwarded(forwarded_hash_of(request.body, plans), plans)
         for event in self.events:
             record.write(event)
         return record

@@ -428,3 +428,54 @@ def test_an_object_is_what_parse_json_object_gives() -> None:
 def test_parse_json_object_refuses_any_other_value(text: str) -> None:
     with pytest.raises(Malformed, match="expected a JSON object"):
         parse_json_object(text.encode(), max_nesting=2)
+
+
+# ------------------------------------------------------------------------------ how many values
+
+
+def values_of(value: JsonValue) -> int:
+    """Strings, commas and opening brackets of a value's text, counted from the value."""
+    if isinstance(value, str):
+        return 1
+    if isinstance(value, list):
+        return 1 + max(0, len(value) - 1) + sum(map(values_of, value))
+    if isinstance(value, dict):
+        return 1 + max(0, len(value) - 1) + len(value) + sum(map(values_of, value.values()))
+    return 0
+
+
+JSON: st.SearchStrategy[JsonValue] = st.recursive(
+    st.none() | st.integers(0, 9) | st.text(alphabet='a"\\,[{', max_size=6),
+    lambda items: st.lists(items) | st.dictionaries(st.text('a"\\,[{', max_size=3), items),
+    max_leaves=20,
+)
+
+
+@given(value=JSON, indent=st.sampled_from([None, 1]))
+def test_a_text_has_as_many_values_as_its_value(value: JsonValue, indent: int | None) -> None:
+    data, count = json.dumps(value, indent=indent).encode(), values_of(value)
+    assert parse_json(data, max_nesting=64, max_values=count) == value
+    if count:
+        with pytest.raises(Malformed, match=f"at most {count - 1} .*max_json_values"):
+            parse_json(data, max_nesting=64, max_values=count - 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'"' + b'\\"' * (1 << 22),
+        b'\\"' * (1 << 22),
+        b'",' * (1 << 22),
+        b'"' * (1 << 23),
+        b"[" * (1 << 23),
+        b"[" + b"[]," * (1 << 21),
+        b'{"' * (1 << 21),
+    ],
+    ids=lambda data: repr(data[:6]),
+)
+def test_counting_takes_no_longer_than_the_text_is(data: bytes) -> None:
+    """A string that does not end, tried anew from each of its quotes, would take hours."""
+    began = perf_counter()
+    with pytest.raises(Malformed):
+        parse_json(data, max_nesting=64, max_values=1000)
+    assert perf_counter() - began < 10

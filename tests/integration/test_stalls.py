@@ -1,0 +1,116 @@
+"""Requests that take long to compute hold up nobody else, nor the appliance's end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from appliance.web.openai import MAX_TOKENIZED_CHARACTERS
+from tests.integration.aftermath import LIVE, LIVE_BODY
+from tests.integration.appliance import (
+    MODEL,
+    QUESTION,
+    RunningAppliance,
+    start_appliance,
+    with_tokenizer,
+)
+from tests.integration.wire import Wire
+
+CHAT = "/v1/chat/completions"
+BOUND_S = 1.0
+"""Of one answer to /health/live. On an idle machine it is 50 ms, and without threads 6 s."""
+
+MAX_VALUES = 1 << 19
+
+
+def with_parameters(item: bytes, count: int) -> bytes:
+    """A chat whose one tool has a list of so many items where a schema belongs."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"x": ["HERE"]}}}
+    body = json.dumps({"model": MODEL, "messages": QUESTION, "tools": [tool], "max_tokens": 1})
+    return body.encode().replace(b'"HERE"', b",".join([item] * count))
+
+
+def to_tokenize(text: str) -> bytes:
+    return json.dumps({"model": MODEL, "prompt": text}, ensure_ascii=False).encode()
+
+
+HEAVY: dict[str, tuple[str, bytes, int]] = {
+    "more values than are read": (CHAT, with_parameters(b"[]", (8 << 20) // 3 - 200), 400),
+    "as many empty lists": (CHAT, with_parameters(b"[]", MAX_VALUES // 2 - 50), 200),
+    "as many numbers": (CHAT, with_parameters(b"1.5", MAX_VALUES - 100), 200),
+    "text to tokenize": ("/v1/tokenize", to_tokenize("漢 " * (MAX_TOKENIZED_CHARACTERS // 2)), 200),
+    "more of it": ("/v1/tokenize", to_tokenize("漢" * (MAX_TOKENIZED_CHARACTERS + 1)), 400),
+    "tokens": (
+        "/v1/detokenize",
+        json.dumps({"model": MODEL, "tokens": [0] * (MAX_VALUES - 100)}).encode(),
+        200,
+    ),
+}
+
+
+@asynccontextmanager
+async def always_live(appliance: RunningAppliance) -> AsyncIterator[None]:
+    """While what is inside goes on, /health/live answers within the bound."""
+    slowest = 0.0
+
+    async def look() -> None:
+        nonlocal slowest
+        async with Wire.open(appliance) as wire:
+            while True:
+                began = trio.current_time()
+                await wire.send(LIVE)
+                await wire.read_until(LIVE_BODY)
+                slowest = max(slowest, trio.current_time() - began)
+                await trio.sleep(0.01)
+
+    async with trio.open_nursery() as looking:
+        looking.start_soon(look)
+        yield
+        looking.cancel_scope.cancel()
+    print(f"slowest answer {slowest:.3f} s")
+    assert slowest < BOUND_S
+
+
+@pytest.fixture
+async def appliance(nursery: trio.Nursery, tmp_path: Path) -> RunningAppliance:
+    return await start_appliance(nursery, tmp_path, sections=with_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("name", HEAVY)
+async def test_a_heavy_body_holds_up_nobody_else(appliance: RunningAppliance, name: str) -> None:
+    path, body, status = HEAVY[name]
+    async with appliance.client() as client, always_live(appliance):
+        response = await client.post(path, content=body)
+    assert response.status_code == status, response.text[:300]
+    if status == 400 and path == CHAT:
+        assert response.json()["error"]["code"] == "malformed"
+        assert "max_json_values" in response.json()["error"]["message"]
+
+
+async def test_the_end_of_the_appliance_waits_for_no_tokenizer(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    sections = {**with_tokenizer(tmp_path), "limits": {"drain_s": 1.0}}
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
+    body = to_tokenize("Hello " * (MAX_TOKENIZED_CHARACTERS // 6))
+    head = f"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def ask() -> None:
+        async with Wire.open(appliance) as wire:
+            await wire.send(head.encode() + body)
+            await wire.read_to_end()
+
+    for _ in range(12):
+        nursery.start_soon(ask)
+    await trio.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with trio.fail_after(10):
+        await appliance.ended.wait()
+    assert appliance.result == [None]
