@@ -102,6 +102,7 @@ async def run(
     metrics = Metrics(lifecycle, clock=trio.current_time)
     metrics.gauge("dcv_exchanges_running", "Admitted exchanges", lambda: admission.running)
     metrics.gauge("dcv_requests_waiting", "Requests in line for a place", lambda: admission.waiting)
+    metrics.gauge("dcv_tasks", "Trio tasks that have not ended", _living_tasks)
     defects: list[dict[str, object]] = []
     appliance = _Appliance(
         config,
@@ -471,6 +472,10 @@ def open_receipts(receipts: Receipts, *, now: Callable[[], float], log: Log) -> 
         max_evidence_bytes=receipts.max_evidence_bytes,
     )
     return ReceiptStore(Path(receipts.dir), now=now, log=log, limits=limits)
+
+
+def _living_tasks() -> int:
+    return trio.lowlevel.current_statistics().tasks_living
 
 
 async def _watch_signals(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import httpx2
@@ -10,7 +12,12 @@ import pytest
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration.appliance import RawConnection, RunningAppliance, start_appliance
+from tests.integration.appliance import (
+    RawConnection,
+    RunningAppliance,
+    Sections,
+    start_appliance,
+)
 from tests.integration.test_life import CHAT, slow_chat
 
 
@@ -69,6 +76,63 @@ async def test_every_ending_is_counted_once_under_its_own_name(measured: Running
     assert seen["dcv_contained_errors_total", ()] == 0
     assert seen["dcv_state", (("state", "serving"),)] == 1
     assert seen["dcv_state", (("state", "booting"),)] == 0
+
+
+async def until_seen(
+    appliance: RunningAppliance,
+    name: str,
+    value: float,
+    labels: tuple[tuple[str, str], ...] = (),
+) -> None:
+    with trio.fail_after(10):
+        while (await scrape(appliance)).get((name, labels)) != value:
+            await trio.sleep(0.02)
+
+
+async def test_who_waits_in_line_is_counted(nursery: trio.Nursery, tmp_path: Path) -> None:
+    sections: Sections = {
+        "listen": {"metrics_port": 0},
+        "limits": {"max_concurrent": 1, "max_choices": 1},
+    }
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
+    async with (
+        RawConnection.open(appliance) as running,
+        RawConnection.open(appliance) as waiting,
+        RawConnection.open(appliance) as last,
+    ):
+        await running.post(CHAT, slow_chat())
+        await running.read_some(1)
+        for connection in (waiting, last):
+            await connection.post(CHAT, slow_chat())
+        await until_seen(appliance, "dcv_requests_waiting", 2)
+        assert (await scrape(appliance))["dcv_exchanges_running", ()] == 1
+        last.drop()
+        await until_seen(appliance, "dcv_requests_waiting", 1)
+
+
+async def test_refused_connections_are_counted(nursery: trio.Nursery, tmp_path: Path) -> None:
+    sections: Sections = {"listen": {"metrics_port": 0}, "limits": {"max_connections": 2}}
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
+    streams = [await trio.open_tcp_stream("127.0.0.1", appliance.port) for _ in range(5)]
+    await until_seen(appliance, "dcv_connections_refused_total", 3)
+    assert (await scrape(appliance))["dcv_connections_open", ()] == 2
+    for stream in streams:
+        await trio.aclose_forcefully(stream)
+    await until_seen(appliance, "dcv_connections_open", 0)
+
+
+async def test_an_engine_that_dies_is_counted(measured: RunningAppliance) -> None:
+    """The appliance withdraws and can be asked as long as its last connections do not end; one in
+    its handshake takes the whole time that they are given."""
+    [ready] = [line for line in measured.log_lines if line["event"] == "engine_ready"]
+    stream = await trio.open_tcp_stream("127.0.0.1", measured.port)
+    await until_seen(measured, "dcv_connections_open", 1)
+    os.kill(ready["pid"], signal.SIGKILL)
+    died = ("code", "engine_died")
+    await until_seen(measured, "dcv_engine_failures_total", 1, (died,))
+    await trio.aclose_forcefully(stream)
+    with trio.fail_after(20):
+        await measured.ended.wait()
 
 
 async def test_the_public_port_has_no_metrics_and_the_private_one_nothing_else(

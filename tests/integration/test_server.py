@@ -45,6 +45,7 @@ from appliance.web.http2 import (
     RESET_BURST,
     Http2Protocol,
 )
+from appliance.web.metrics import serve_metrics
 from appliance.web.peers import site_of
 from appliance.web.server import HEAD_BYTES, Connection, Connections, Service
 from tests.integration.aftermath import (
@@ -255,11 +256,14 @@ async def test_what_goes_wrong_in_a_connection_ends_there_and_is_told_by_type(
     assert [line["event"] for line in lines] == ["connection_error_contained"] * 2
     assert lines[0]["errors"] == [error]
     assert "prompt" not in told.getvalue()
-    assert b"dcv_contained_errors_total 2.0" in metrics.exposition()
     with trio.fail_after(PATIENCE_S):
         await connections.wait_none()
         while open_descriptors() > before:
             await trio.sleep(0.02)
+    metrics_port = await nursery.start(partial(serve_metrics, 0, metrics.exposition))
+    async with httpx2.AsyncClient(timeout=PATIENCE_S) as client:
+        told_metrics = (await client.get(f"http://127.0.0.1:{metrics_port}/metrics")).text
+    assert "dcv_contained_errors_total 2.0" in told_metrics
 
 
 async def test_connections_that_cannot_be_taken_over_end_no_other(
