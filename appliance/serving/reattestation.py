@@ -14,7 +14,13 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from appliance.config import Attestation
-from appliance.errors import ApplianceError, AttesterError, AttesterUnavailable, EvidenceError
+from appliance.errors import (
+    ApplianceError,
+    AttesterError,
+    AttesterUnavailable,
+    CapacityError,
+    EvidenceError,
+)
 from appliance.log import Log
 from appliance.rats.result import AttestationResult
 from appliance.serving.epochs import Epoch, Epochs
@@ -32,6 +38,9 @@ REFRESH_S = 3600.0
 
 VENDORS_S = 600.0
 """For one round: a dozen questions for each of sixteen GPUs, if each takes its time."""
+
+AGAIN_S = 1.0
+"""Until the next try where so many wait for evidence that there is no place in line."""
 
 NONCE_BYTES = 32
 
@@ -78,11 +87,12 @@ class Reattestation:
 
         Raises:
             AttesterError: evidence could not be had. EvidenceError: it does not hold.
+            CapacityError: too many wait for evidence.
         """
         nonce = self._random_bytes(NONCE_BYTES)
         try:
             with trio.fail_after(REPORT_S):
-                result = await self._appraise(await self._reports.report(nonce), nonce)
+                result = await self._appraise(await self._reports.own_report(nonce), nonce)
         except trio.TooSlowError:
             raise AttesterUnavailable(f"expected a report within {REPORT_S:g} s") from None
         result.require()
@@ -91,8 +101,10 @@ class Reattestation:
 
     async def run(self) -> None:
         """Go on until cancelled, or until the appliance must withdraw."""
+        busy = False
         while True:
-            await self._sleep()
+            await trio.sleep(AGAIN_S if busy else self._pause_s())
+            busy = False
             if self._reports.renew_in_s <= 0:
                 self._reports.renew()
             try:
@@ -108,6 +120,9 @@ class Reattestation:
             except EvidenceError as error:
                 self._withdraw(error)
                 return
+            except CapacityError as error:  # nobody's fault, and no reason to end
+                busy = True
+                self._log.warning("reattestation_postponed", code=error.code, error=error.message)
             else:
                 self._failures = 0
                 self._log.info("reattested", verdict=result.verdict.value)
@@ -135,7 +150,7 @@ class Reattestation:
             "age_s": None if math.isinf(age) else int(age),
         }
 
-    async def _sleep(self) -> None:
+    def _pause_s(self) -> float:
         share = int.from_bytes(self._random_bytes(2), "big") / 0x10000
         interval = self._settings.interval_s * (1 + JITTER * share)
-        await trio.sleep(max(0.0, min(interval, self._reports.renew_in_s)))
+        return max(0.0, min(interval, self._reports.renew_in_s))

@@ -25,8 +25,8 @@ from appliance.wire.report import GpuSection, Report
 TEE_TYPES = {"simulated": "unsafe_simulated"}
 """`tee_type` where it is not the scheme's own name: nobody should take it for a TEE."""
 
-MAX_WAITING_QUOTES = 16
-"""Reports in line for the CPU's quote; one more is told to come back."""
+MAX_WAITING_REPORTS = 16
+"""Of clients', from the moment they are asked for; one more is told to come back."""
 
 RENEW_AFTER = 0.75
 """Of a keyset's lifetime; what is left is for clients that hold the old one."""
@@ -43,6 +43,10 @@ class _Issue:
 
 class Reports:
     """Makes reports; one CPU quote at a time.
+
+    Clients stand in a bounded line of their own. The appliance's own report and the null form, of
+    which there is one each, wait behind no more than the quote being made and each other, so that
+    nobody can keep the appliance from proving itself.
 
     Args:
         quote: CPU evidence over 32 bytes, with what endorses it; raises AttesterError.
@@ -67,6 +71,8 @@ class Reports:
         self._now = now
         self._publish = publish
         self._issued: dict[bytes, _Issue] = {}
+        self._clients = 0
+        self._client_turn = trio.Lock()
         self._quoting = trio.Lock()
         self.keyset_digest = b""
         self.renew()
@@ -91,31 +97,50 @@ class Reports:
         self.keyset_digest = keyset.digest
         self._issued.setdefault(keyset.digest, _Issue(keyset))
 
-    async def report(self, nonce: bytes | None) -> bytes:
-        """A fresh report as its JSON bytes; its deadline is the caller's.
+    async def report(self, nonce: bytes) -> bytes:
+        """A fresh report for a client as its JSON bytes; its deadline is the caller's.
 
         Args:
-            nonce: 32 bytes, or None for a null form.
+            nonce: 32 bytes.
 
         Raises:
-            RateLimited: too many wait for a quote.
-            AttesterError, EvidenceError: as for `Epochs.join`; the quote could not be had.
+            RateLimited: too many are being made for clients.
+            Overloaded, AttesterError, EvidenceError: as for `Epochs.join`; the quote could not be
+                had.
         """
-        return (await self._make(nonce))[1]
-
-    async def _make(self, nonce: bytes | None) -> tuple[bytes, bytes]:
-        """A report, and the digest of the keyset in it."""
-        if self._quoting.statistics().tasks_waiting >= MAX_WAITING_QUOTES:
+        # Counted before the epoch: all that wait for one leave it at the same moment.
+        if self._clients >= MAX_WAITING_REPORTS:
             raise RateLimited("too many reports are being made", retry_after_s=1)
+        self._clients += 1
+        try:
+            return (await self._make(nonce, self._quote_in_turn))[1]
+        finally:
+            self._clients -= 1
+
+    async def own_report(self, nonce: bytes) -> bytes:
+        """As `report`, for the appliance itself: it is never told to come back for the line."""
+        return (await self._make(nonce, self._quote_next))[1]
+
+    async def _make(
+        self, nonce: bytes | None, quote: Callable[[bytes], Awaitable[CpuEvidence]]
+    ) -> tuple[bytes, bytes]:
+        """A report, and the digest of the keyset in it."""
         assert self._epochs is not None
         attested = await self._epochs.join("report", report_commitment(nonce))
         # The epoch's keyset, should it have been renewed meanwhile: all parts must say the same.
         digest = attested.epoch.keyset_digest
         report_data = report_data_of(digest, nonce)
-        async with self._quoting:
-            cpu = await self._quote(report_data)
+        cpu = await quote(report_data)
         keyset = self._issued[digest].keyset
         return digest, canonical_json(self._assemble(keyset, attested, cpu, report_data))
+
+    async def _quote_in_turn(self, report_data: bytes) -> CpuEvidence:
+        async with self._client_turn:
+            return await self._quote_next(report_data)
+
+    async def _quote_next(self, report_data: bytes) -> CpuEvidence:
+        async with self._quoting:
+            return await self._quote(report_data)
 
     async def null_form(self, keyset_digest: bytes | None = None) -> bytes | None:
         """The null-form report of a keyset, made once; None for a digest never issued.
@@ -130,7 +155,7 @@ class Reports:
             return None
         async with issue.making:
             if issue.null_form is None and digest == self.keyset_digest:
-                made, report = await self._make(None)
+                made, report = await self._make(None, self._quote_next)
                 self._issued[made].null_form = report
                 self._publish(made, report)
         return issue.null_form

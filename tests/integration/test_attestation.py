@@ -34,6 +34,7 @@ from appliance.errors import (
 from appliance.log import configure_log
 from appliance.notify import Notifier
 from appliance.run import run
+from appliance.serving.reports import MAX_WAITING_REPORTS
 from appliance.wire.encoding import format_sha256
 from appliance.wire.identity import digest_of
 from appliance.wire.report import parse_report
@@ -246,6 +247,30 @@ async def test_reports_are_bounded_per_address(nursery: trio.Nursery, tmp_path: 
         answers = [await client.get("/v1/aci/attestation") for _ in range(4)]
     assert [one.status_code for one in answers] == [200, 200, 200, 429]
     assert int(answers[-1].headers["retry-after"]) >= 1
+
+
+async def test_a_burst_for_reports_is_told_to_come_back_and_does_not_end_the_appliance(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    """It once did, when a re-attestation was due meanwhile."""
+    sections: Sections = {"attestation": {"simulated_latency_s": 2.0, "interval_s": 0.5}}
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
+    answers: list[httpx2.Response] = []
+
+    async def ask(client: httpx2.AsyncClient, number: int) -> None:
+        url = f"/v1/aci/attestation?nonce={number:064x}"
+        answers.append(await client.get(url))
+
+    async with appliance.client() as client, trio.open_nursery() as burst:
+        for number in range(40):
+            burst.start_soon(ask, client, number)
+    refused = [one for one in answers if one.status_code == 429]
+    assert {one.status_code for one in answers} == {200, 429}
+    assert len(refused) >= 40 - 2 * MAX_WAITING_REPORTS
+    assert {one.headers["retry-after"] for one in refused} == {"1"}
+    await trio.sleep(3.0)  # a re-attestation comes of it
+    assert not appliance.ended.is_set()
+    assert "reattested" in {line["event"] for line in appliance.log_lines}
 
 
 async def test_a_keyset_is_renewed_with_the_same_keys_and_the_old_one_stays(

@@ -66,11 +66,12 @@ def make(
     device: Device,
     withdrawn: list[ApplianceError] | None = None,
     appraise: Callable[[tuple[GpuEvidence, ...], bytes], Awaitable[AttestationResult]] = affirm,
+    keyset_digest: Callable[[], bytes] = lambda: KEYSET,
 ) -> Epochs:
     return Epochs(
         collect=device.collect,
         appraise=appraise,
-        keyset_digest=lambda: KEYSET,
+        keyset_digest=keyset_digest,
         deadline_s=30,
         failures=3,
         withdraw=([] if withdrawn is None else withdrawn).append,
