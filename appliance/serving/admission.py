@@ -12,8 +12,9 @@ that it also works while its task is being cancelled.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import trio
 
@@ -22,6 +23,8 @@ from appliance.errors import ApplianceError, InvalidRequest, NotServing, Overloa
 from appliance.serving.auth import Tenant
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.serving.turns import RETRY_AFTER_S, Turns
+
+T = TypeVar("T")
 
 
 class Exchange:
@@ -64,6 +67,21 @@ class Exchange:
         if self.interrupted is None:
             self.interrupted = error
             self._close()
+
+    async def unless_interrupted(self, step: Callable[[], Awaitable[T]]) -> T:
+        """What `step` comes to; it is cancelled when the exchange is interrupted, and is not begun,
+        nor its result used, where it was.
+
+        Raises:
+            ApplianceError: the exchange was interrupted; this is the reason.
+        """
+        with trio.CancelScope() as running:
+            self.on_close(running.cancel)
+            result = await step()
+            if self.interrupted is None:
+                return result
+        assert self.interrupted is not None  # it is released only when its task is over
+        raise self.interrupted
 
     def release(self) -> None:
         """Give the places back and close everything. Idempotent."""

@@ -83,7 +83,14 @@ async def forward(
 
     Raises:
         EngineUnavailable: the engine does not take them, or they were not written in time.
+        ApplianceError: the exchange was interrupted; what was not sent yet is never sent.
     """
+
+    async def send(body: bytes) -> EngineResponse:
+        response = await open_exchange(address, "POST", request.endpoint.value, body)
+        exchange.on_close(response.close)
+        return response
+
     responses = []
     for plan in plans:
         try:
@@ -92,9 +99,7 @@ async def forward(
             raise EngineUnavailable(f"the request was not sent: {error.message}") from error
         if "rid" in plan.set:  # embeddings have none; the engine notices when nobody listens
             exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
-        response = await open_exchange(address, "POST", request.endpoint.value, body)
-        exchange.on_close(response.close)
-        responses.append(response)
+        responses.append(await exchange.unless_interrupted(partial(send, body)))
     return responses
 
 

@@ -264,7 +264,7 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Respon
     arrival.cleanup.callback(exchange.release)
     # 5. Fresh evidence that covers this request, appraised before anything of it is forwarded.
     record.begin()
-    attested = await _evidence(services, record)
+    attested = await exchange.unless_interrupted(partial(_evidence, services, record))
     record.admitted(attested)
     # 6. Forward and relay.
     record.forwarded(body_hash, plans)
@@ -377,12 +377,10 @@ async def _proof(services: InferenceServices, one: _Admitted) -> JsonObject:
     if not one.wanted.proof.tee:
         return record.final_members(core, None)
     join = partial(services.epochs.join, "completion", completion_commitment(core.to_json()))
-    with trio.CancelScope() as waiting:
-        exchange.on_close(waiting.cancel)
-        attested = await evidence_or_refusal(services.evidence_s, join)
-        return record.final_members(core, attested)
-    assert exchange.interrupted is not None  # nothing else closes it while we are here
-    raise exchange.interrupted
+    attested = await exchange.unless_interrupted(
+        partial(evidence_or_refusal, services.evidence_s, join)
+    )
+    return record.final_members(core, attested)
 
 
 async def _stream(services: InferenceServices, one: _Admitted) -> Response:

@@ -334,6 +334,53 @@ async def test_a_stream_that_ends_badly_has_a_receipt_whose_outcome_is_true(
     assert log.output is None
 
 
+@pytest.mark.parametrize("what", ["engine", "drain"])
+async def test_whoever_waits_for_evidence_at_the_end_is_refused_and_never_forwarded(
+    tmp_path: Path, what: str
+) -> None:
+    """The connection was once cut without an answer and the client blamed for it; and where the
+    evidence came before that, the prompt was forwarded by an appliance that no longer served."""
+    sections: Sections = {
+        "limits": {"drain_s": 0.2},
+        "attestation": {"simulated_latency_s": 1.5, "interval_s": 600.0},
+    }
+    answers: list[httpx2.Response] = []
+    async with trio.open_nursery() as nursery:
+        appliance = await start_appliance(nursery, tmp_path, sections=sections)
+
+        async def ask(request: bytes) -> None:
+            async with appliance.client() as client:
+                answers.append(await client.post(CHAT, content=request))
+
+        async with trio.open_nursery() as requests, appliance.client() as client:
+            for request in (body(), body(stream=True)):
+                requests.start_soon(ask, request)
+            while (await client.get("/health")).json()["running"] < 2:
+                await trio.sleep(0.02)
+            if what == "engine":
+                [ready] = [x for x in appliance.log_lines if x["event"] == "engine_ready"]
+                os.kill(ready["pid"], signal.SIGKILL)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+        with trio.fail_after(20):
+            await appliance.ended.wait()
+        nursery.cancel_scope.cancel()
+    assert [one.status_code for one in answers] == [503, 503]
+    async with trio.open_nursery() as nursery:
+        again = await start_appliance(nursery, tmp_path)
+        for answer in answers:
+            log = await _receipt_when_there(again, answer.headers["x-receipt-id"])
+            assert (log.ended.outcome, log.ended.code) == (
+                "refused",
+                answer.json()["error"]["code"],
+            )
+            assert log.returned.body_hash == hashlib.sha256(answer.content).digest()
+            assert (log.admission, log.forwarded) == (None, None)
+        nursery.cancel_scope.cancel()
+    codes = {one.json()["error"]["code"] for one in answers}
+    assert codes == {"engine_died" if what == "engine" else "not_serving"}
+
+
 async def test_a_flipped_byte_of_a_receipt_does_not_verify(appliance: RunningAppliance) -> None:
     async with appliance.client() as client:
         response = await client.post(CHAT, content=body())

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.config import Limits
+from appliance.engine.client import EngineAddress
 from appliance.errors import (
     ApplianceError,
     EngineDied,
@@ -21,13 +22,19 @@ from appliance.errors import (
     Overloaded,
     RateLimited,
 )
+from appliance.log import configure_log
+from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import ANONYMOUS, Tenant
 from appliance.serving.lifecycle import Lifecycle, State
+from appliance.serving.relay import forward
 from appliance.serving.turns import FREE_SHARE, RETRY_AFTER_S
+from appliance.serving.workers import Workers
+from appliance.wire.openai import Endpoint, parse_request, plan_choices
 
 ALICE, BOB, CAROL = (Tenant(name=name, id=name * 2) for name in ("alice", "bob", "carol"))
 PATIENCE_S = 5.0
+LOG = configure_log(format="json", level="error")
 
 
 def lifecycle(*steps: State) -> Lifecycle:
@@ -611,3 +618,77 @@ async def test_places_that_pass_to_the_next_in_line_are_no_idleness(
     assert not idle.is_set()
     await line.release("b")
     assert idle.is_set()
+
+
+# --- what is done for an exchange ends with it --------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "while it waits", "as it ends"])
+async def test_a_step_of_an_interrupted_exchange_has_no_result(when: str) -> None:
+    exchange = await admit(serving())
+    reached: list[str] = []
+    begun, goes_on = trio.Event(), trio.Event()
+
+    async def step() -> str:
+        await trio.lowlevel.checkpoint()
+        begun.set()
+        await goes_on.wait()
+        reached.append("end")
+        return "result"
+
+    async def interrupt() -> None:
+        await begun.wait()
+        if when == "as it ends":
+            goes_on.set()  # its task is on the way already: cancelling it comes too late
+        exchange.interrupt(EngineDied("gone"))
+
+    if when == "before":
+        exchange.interrupt(EngineDied("gone"))
+        begun.set()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(interrupt)
+        with pytest.raises(EngineDied):
+            await exchange.unless_interrupted(step)
+    assert reached == (["end"] if when == "as it ends" else [])
+    exchange.release()
+
+
+async def test_a_step_of_an_exchange_that_goes_on_has_its_result_and_its_own_errors() -> None:
+    exchange = await admit(serving())
+
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise Overloaded("full")
+
+    async def succeed() -> int:
+        await trio.lowlevel.checkpoint()
+        return 7
+
+    assert await exchange.unless_interrupted(succeed) == 7
+    with pytest.raises(Overloaded):
+        await exchange.unless_interrupted(fail)
+    exchange.release()
+
+
+async def test_nothing_of_an_interrupted_exchange_reaches_the_engine() -> None:
+    exchange = await admit(serving())
+    exchange.interrupt(NotServing("draining"))
+    asked = b""
+
+    async def engine(stream: trio.SocketStream) -> None:
+        nonlocal asked
+        asked += await stream.receive_some()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, engine, listeners)
+        address = EngineAddress(listeners[0].socket.getsockname()[1], "key")
+        request = parse_request(Endpoint.COMPLETION, {"model": "m", "prompt": "p"})
+        plans = plan_choices(request, response_id="r", seed=1, cache_salt="s", max_choices=1)
+        work = Workers("bodies", max_waiting=1, max_wait_s=1).for_size("alice", size=1)
+        with pytest.raises(NotServing):
+            await forward(address, request, plans, exchange, Aborts(address, log=LOG), work=work)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        nursery.cancel_scope.cancel()
+    assert not asked  # not one byte, though it may have been connected to
+    exchange.release()
