@@ -252,7 +252,7 @@ class ExchangeRecord:
         self._end("complete", None)
 
     def failed(self, error: ApplianceError) -> None:
-        """It was ended, or refused, for this reason."""
+        """It was ended, or refused, for this reason. No effect on an exchange that has ended."""
         self._end(self._outcome_of(error), error.code)
 
     def abandoned(self) -> None:
@@ -274,7 +274,7 @@ class ExchangeRecord:
                 return "withdrawn" if withdrawn else "refused"
             case AttesterError() | EvidenceError():
                 return "withdrawn"
-            case _:
+            case _:  # a defect of ours, too: the appliance would not go on
                 return "refused"
 
     def _output_event(self, output: Output | None) -> OutputComplete:

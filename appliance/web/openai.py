@@ -262,6 +262,7 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Respon
     # 4. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
     exchange = await services.admission.admit(arrival.tenant, places=len(plans))
     arrival.cleanup.callback(exchange.release)
+    arrival.cleanup.callback(_tell_interrupted, arrival, exchange)
     # 5. Fresh evidence that covers this request, appraised before anything of it is forwarded.
     record.begin()
     attested = await exchange.unless_interrupted(partial(_evidence, services, record))
@@ -287,6 +288,14 @@ def _understand(services: InferenceServices, endpoint: Endpoint, raw: bytes) -> 
     _check_task(wanted.endpoint, services)
     _check_token_ids(wanted, services)
     return wanted
+
+
+def _tell_interrupted(arrival: _Arrival, exchange: Exchange) -> None:
+    """Where the end came before anything could be told to the client, it was still not the client
+    who left. No effect on what has ended already."""
+    if exchange.interrupted is not None:
+        arrival.observed.end(exchange.interrupted.code)
+        arrival.record.failed(exchange.interrupted)
 
 
 async def _record_defect(

@@ -46,7 +46,7 @@ from hypercorn.utils import parse_socket_addr, wrap_app
 from quart_trio import QuartTrio
 
 from appliance.config import Limits, Listen
-from appliance.errors import ListenError, NotServing, leaves
+from appliance.errors import ApplianceError, InternalError, ListenError, NotServing, leaves
 from appliance.log import Log
 from appliance.serving.admission import Admission
 from appliance.serving.lifecycle import Lifecycle, State
@@ -186,7 +186,8 @@ async def serve(
 
     Draining lets running exchanges go on for `drain_s` and then ends them with an error event;
     when the appliance was withdrawn they are ended at once. The listeners are closed as soon as
-    draining begins. Cancellation closes every connection.
+    draining begins. Cancellation ends every exchange with the appliance's reason and closes every
+    connection.
 
     Args:
         context: the TLS server context.
@@ -210,8 +211,11 @@ async def serve(
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
-        async with trio.open_nursery() as handlers:
+        async with trio.open_nursery() as owner:
+            handlers = await owner.start(_keep_handlers)
             try:
+                # So that cancellation comes here first, and exchanges hear the reason.
+                handlers.cancel_scope.shield = True
                 async with trio.open_nursery() as accepting:
                     accepting.start_soon(
                         partial(trio.serve_listeners, handle, listeners, handler_nursery=handlers)
@@ -222,11 +226,20 @@ async def serve(
                 service.connections.drain()
                 await _drain(lifecycle, admission, service.connections)
             finally:
+                # However we came here, it was not the clients who ended what is still running.
+                admission.interrupt_all(_reason(lifecycle))
                 handlers.cancel_scope.cancel()
                 # A write to a client that does not read is shielded; without its socket it ends.
                 service.connections.close_all()
         await lifespan.wait_for_shutdown()
         lifespan_nursery.cancel_scope.cancel()
+
+
+async def _keep_handlers(task_status: trio.TaskStatus[trio.Nursery]) -> None:
+    """The nursery of the connections; `serve` cancels it."""
+    async with trio.open_nursery() as handlers:
+        task_status.started(handlers)
+        await trio.sleep_forever()
 
 
 async def _drain(lifecycle: Lifecycle, admission: Admission, connections: Connections) -> None:
@@ -239,10 +252,18 @@ async def _drain(lifecycle: Lifecycle, admission: Admission, connections: Connec
                 nursery.start_soon(_cancel_when_withdrawn, lifecycle, nursery.cancel_scope)
                 await admission.wait_idle()
                 nursery.cancel_scope.cancel()
-    reason = lifecycle.error or NotServing(f"the appliance is {lifecycle.state.value}")
-    admission.interrupt_all(reason)
+    admission.interrupt_all(_reason(lifecycle))
     with trio.move_on_after(FLUSH_S):
         await connections.wait_none()
+
+
+def _reason(lifecycle: Lifecycle) -> ApplianceError:
+    """Why exchanges are ended now."""
+    if lifecycle.error is not None:
+        return lifecycle.error
+    if lifecycle.state is State.SERVING:  # a part of ours fell down, and takes us along
+        return InternalError("a defect ended the appliance")
+    return NotServing(f"the appliance is {lifecycle.state.value}")
 
 
 async def _cancel_when_withdrawn(lifecycle: Lifecycle, scope: trio.CancelScope) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import httpx2
 import pytest
 import trio
 
-from appliance.errors import Malformed
+from appliance.errors import InternalError, Malformed
 from appliance.rats.binding import check_inclusion
 from appliance.serving.auth import hash_key
 from appliance.wire.canonical import parse_json_object
@@ -379,6 +380,41 @@ async def test_whoever_waits_for_evidence_at_the_end_is_refused_and_never_forwar
         nursery.cancel_scope.cancel()
     codes = {one.json()["error"]["code"] for one in answers}
     assert codes == {"engine_died" if what == "engine" else "not_serving"}
+
+
+async def test_a_defect_of_ours_in_mid_stream_is_not_said_to_be_the_clients_leaving(
+    tmp_path: Path,
+) -> None:
+    """It was: whatever ended the server cancelled its requests, as a client's leaving does."""
+    broken: list[bool] = []
+
+    def random(size: int) -> bytes:
+        """Re-attestation asks for two bytes, and nobody else."""
+        if broken and size == 2:
+            raise KeyError(size)
+        return secrets.token_bytes(size)
+
+    async with trio.open_nursery() as nursery:
+        sections: Sections = {"attestation": {"interval_s": 0.2}}
+        appliance = await start_appliance(nursery, tmp_path, sections=sections, random=random)
+        async with RawConnection.open(appliance) as running:
+            await running.post(CHAT, slow_chat())
+            await running.read_some(1)
+            identifier = await _open_receipt(appliance)
+            broken.append(True)
+            assert not (await running.read_response()).clean
+        with trio.fail_after(20):
+            await appliance.ended.wait()
+        nursery.cancel_scope.cancel()
+    assert isinstance(appliance.result[0], InternalError)
+    async with trio.open_nursery() as nursery:
+        again = await start_appliance(nursery, tmp_path)
+        log = await _receipt_when_there(again, identifier)
+        nursery.cancel_scope.cancel()
+    assert (log.ended.outcome, log.ended.code) == ("refused", "internal_error")
+    assert log.forwarded is not None
+    assert log.ended.bytes > 0
+    assert log.output is None
 
 
 async def test_a_flipped_byte_of_a_receipt_does_not_verify(appliance: RunningAppliance) -> None:
