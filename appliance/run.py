@@ -1,9 +1,10 @@
 """The root nursery: everything that runs has its owner here or below.
 
-    run ─┬─ signals          SIGTERM and SIGINT drain; a second one ends at once
+    run ─┬─ signals          SIGTERM and SIGINT drain; a second one ends at once, receipts written
          ├─ status socket    from the first moment on
          ├─ systemd          STATUS on every change, WATCHDOG while the loop turns
-         └─ live ─┬─ collector  its end withdraws the appliance
+         └─ live ─┬─ receipts   shielded: they hear how everything else ended
+                  ├─ collector  its end withdraws the appliance
                   └─ parts ─┬─ epochs
                             ├─ engine  supervised; its end withdraws the appliance
                             └─ boot, then the public listener until it has drained,
@@ -183,13 +184,15 @@ class _Appliance:
     async def live(self, notifier: Notifier) -> None:
         """Boot, serve, drain, stop the engine, take the GPUs back, let the collector go."""
         async with AsyncExitStack() as self.clients, trio.open_nursery() as self.collectors:
+            keeping = await self.collectors.start(self._keep_receipts)
             try:
+                keeping.shield = True  # whatever ends us, what exchanges say of it is written
                 async with trio.open_nursery() as self.parts:
-                    await self.collectors.start(self.receipts.run)
                     await self._boot_and_serve(notifier)
                     notifier.stopping()
                     self.parts.cancel_scope.cancel()
             finally:
+                keeping.cancel()
                 await self._take_gpus_back()
             self.collectors.cancel_scope.cancel()
         if self.lifecycle.state is State.DRAINING:
@@ -404,6 +407,12 @@ class _Appliance:
             self.log.error("withdrawn", code=error.code, error=error.message)
             self.lifecycle.enter(State.WITHDRAWN, error=error)
             self.admission.refuse_waiting()
+
+    async def _keep_receipts(self, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        """Hands out the scope that ends the store, after the last exchange."""
+        async with trio.open_nursery() as keeping:
+            await keeping.start(self.receipts.run)
+            task_status.started(keeping.cancel_scope)
 
     async def _keep_attester(self, task_status: trio.TaskStatus[Attester]) -> None:
         """Once connected, the collector's end withdraws the appliance; during the boot the next

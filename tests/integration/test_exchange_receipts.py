@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,35 @@ async def test_whoever_waits_for_evidence_at_the_end_is_refused_and_never_forwar
         nursery.cancel_scope.cancel()
     codes = {one.json()["error"]["code"] for one in answers}
     assert codes == {"engine_died" if what == "engine" else "not_serving"}
+
+
+async def test_a_second_sigterm_ends_at_once_and_loses_no_receipt(tmp_path: Path) -> None:
+    """It ended the store together with the exchanges, whose receipts came too late."""
+    async with trio.open_nursery() as nursery:
+        sections: Sections = {"limits": {"drain_s": 60.0}}
+        appliance = await start_appliance(nursery, tmp_path, sections=sections)
+        async with AsyncExitStack() as clients:
+            identifiers = []
+            running = [
+                await clients.enter_async_context(RawConnection.open(appliance)) for _ in range(4)
+            ]
+            for one in running:
+                await one.post(CHAT, slow_chat())
+                await one.read_some(1)
+                identifiers.append(await _open_receipt(appliance))
+            os.kill(os.getpid(), signal.SIGTERM)
+            await trio.sleep(0.2)
+            assert not appliance.ended.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with trio.fail_after(20):
+                await appliance.ended.wait()
+        nursery.cancel_scope.cancel()
+    assert appliance.result == [None]
+    async with trio.open_nursery() as nursery:
+        again = await start_appliance(nursery, tmp_path)
+        logs = [await _receipt_when_there(again, one) for one in identifiers]
+        nursery.cancel_scope.cancel()
+    assert {(log.ended.outcome, log.ended.code) for log in logs} == {("drained", "not_serving")}
 
 
 async def test_a_defect_of_ours_in_mid_stream_is_not_said_to_be_the_clients_leaving(
