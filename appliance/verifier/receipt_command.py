@@ -33,6 +33,9 @@ from appliance.wire.epoch import parse_epoch
 from appliance.wire.receipt import MAX_NESTING, parse_receipt
 from appliance.wire.report import read_report
 
+BESIDE_A_RECEIPT = ("report", "request", "response", "epoch", "nonce")
+"""Options that complete a bare receipt."""
+
 
 def add_receipt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `receipt` and what is below it."""
@@ -86,7 +89,11 @@ def _verify(arguments: argparse.Namespace) -> Outcome:
     given_at = None if arguments.at is None else parse_time(arguments.at, option="--at")
     rules = load_rules(arguments.policy, arguments.reference)
     document = _document(arguments.file)
-    bundle = read_bundle(document) if _is_bundle(document) else _assemble(document, arguments)
+    if _is_bundle(document):
+        _refuse_beside(arguments, BESIDE_A_RECEIPT, "a bundle holds them itself")
+        bundle = read_bundle(document)
+    else:
+        bundle = _assemble(document, arguments)
     if bundle.exchange is None:
         raise VerificationIncomplete(f"{arguments.file}: expected a bundle with a receipt in it")
     at: datetime.datetime = given_at or time_of(bundle)
@@ -134,11 +141,19 @@ def _report_beside(arguments: argparse.Namespace, *, fetched_at: int) -> Bundle:
     """What `--report` holds, without the exchange that may be in it."""
     given = _document(arguments.report)
     if _is_bundle(given):
+        _refuse_beside(arguments, ("nonce",), "the bundle of --report holds it itself")
         return replace(read_bundle(given), exchange=None)
     nonce = None
     if arguments.nonce is not None:
         nonce = parse_hex(arguments.nonce, option="--nonce", lengths=(NONCE_BYTES,))
     return Bundle("", fetched_at, nonce, None, read_report(given))
+
+
+def _refuse_beside(arguments: argparse.Namespace, options: tuple[str, ...], why: str) -> None:
+    """What would be left out must not look as if it had been compared."""
+    given = [f"--{option}" for option in options if getattr(arguments, option) not in (None, [])]
+    if given:
+        raise VerificationIncomplete(f"{', '.join(given)}: {why}")
 
 
 def _document(path: Path) -> JsonObject:

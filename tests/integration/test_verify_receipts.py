@@ -423,3 +423,15 @@ async def test_a_receipt_without_a_report_is_not_checked(
     outcome = await verdict_on("receipt", "verify", str(tmp_path / "receipt.json"), folder=tmp_path)
     assert outcome["verdict"] is None
     assert "--report" in outcome["error"]["message"]
+
+
+async def test_what_is_given_beside_a_bundle_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    """`dcv receipt verify BUNDLE --request WRONG` once ended as if it had been compared."""
+    bundle = tmp_path / "bundle.json"
+    bundle.write_text('{"type": "bundle"}')
+    options = ("--report", "--request", "--response", "--epoch")
+    beside = [word for option in options for word in (option, str(bundle))]
+    command = ("receipt", "verify", str(bundle), *beside, "--nonce", "00" * 32)
+    outcome = await verdict_on(*command, folder=tmp_path)
+    assert outcome["verdict"] is None
+    assert all(option in outcome["error"]["message"] for option in (*options, "--nonce"))
