@@ -430,7 +430,7 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
         tpm_roots_file: PEM of the vendor roots that the AK certificate must lead to (`tpm2`).
         storage_key_file: holds the public part of the TPM's storage key, for those who seal secrets to
             this machine; shown at `/.well-known/dcv/storage-key`. Empty shows none.
-        collect_s: one collection of evidence, all GPUs.
+        collect_s: one collection of evidence, all GPUs, and its appraisal.
         interval_s: between re-attestations while serving; each is up to a tenth later.
         failures: collections that may fail in a row before the appliance withdraws.
         endorsements_dir: cache of what vendors vouch for; may hold files put there in advance.

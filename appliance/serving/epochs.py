@@ -107,7 +107,7 @@ class Epochs:
         collect: evidence of every GPU over a 32-byte nonce; raises AttesterError.
         appraise: the verdict on it; raises EvidenceError where it does not hold.
         keyset_digest: the current one, 32 bytes.
-        deadline_s: of one collection.
+        deadline_s: of one collection and its appraisal.
         failures: collections that may fail in a row.
         withdraw: told when the appliance must not go on: evidence that does not hold, at once;
             a device that fails, after `failures`.
@@ -252,19 +252,19 @@ class Epochs:
         tree = MerkleTree.over([member.commitment for member in members])
         keyset_digest = self._keyset_digest()
         nonce = epoch_nonce(keyset_digest, tree.size, tree.root)
-        # 2. Every GPU's evidence over it.
         began = trio.current_time()
         try:
             with trio.fail_after(self._deadline_s):
+                # 2. Every GPU's evidence over it.
                 gpus = await self._collect(nonce)
+                self._collection_s = trio.current_time() - began
+                collected_at = self._now()
+                # 3. Appraised before anybody goes on.
+                result = await self._appraise(gpus, nonce)
         except trio.TooSlowError:
             raise AttesterUnavailable(
                 f"expected GPU evidence within {self._deadline_s:g} s"
             ) from None
-        self._collection_s = trio.current_time() - began
-        collected_at = self._now()
-        # 3. Appraised before anybody goes on.
-        result = await self._appraise(gpus, nonce)
         result.require()
         epoch = Epoch(
             keyset_digest=keyset_digest,

@@ -192,9 +192,14 @@ class OwnEvidence:
         self._cpu_endorsements = dict(endorsed.endorsements)
 
     async def _think(self, step: Callable[[], T]) -> T:
-        """Off the event loop, one at a time; evidence that does not parse is evidence that lies."""
+        """Off the event loop, one at a time; evidence that does not parse is evidence that lies.
+
+        Cancelled, it is left to end by itself, and whoever thinks next waits for that.
+        """
         try:
-            return await trio.to_thread.run_sync(step, limiter=self._one_thread)
+            return await trio.to_thread.run_sync(
+                step, abandon_on_cancel=True, limiter=self._one_thread
+            )
         except Malformed as error:
             raise Unauthentic(f"expected evidence that parses: {error.message}") from error
 

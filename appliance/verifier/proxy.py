@@ -45,6 +45,9 @@ DEFAULT_LISTEN = "127.0.0.1:8080"
 MAX_AT_ONCE = 64
 """Exchanges; each may keep a request and an answer."""
 
+PLACE_S = 10.0
+"""For one of them to end, where all are running."""
+
 IDLE_S = 75.0
 HEAD_AND_BODY_S = 60.0
 WRITE_S = 60.0
@@ -204,8 +207,7 @@ class _Proxy:
         if problem is not None or body is None:
             await connection.whole(*(problem or (413, _error("request_too_large", "too large"))))
             return False
-        async with self._places:
-            return await self._forward(connection, head, body)
+        return await self._forward(connection, head, body)
 
     async def _forward(self, connection: _Connection, head: h11.Request, body: bytes) -> bool:
         """Given up where the client leaves meanwhile, so that the appliance ends its generation."""
@@ -213,9 +215,21 @@ class _Proxy:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.cancel_when_gone, nursery.cancel_scope)
             with suppress(*GONE):
-                another = await self._answer(connection, head, body)
+                another = await self._in_turn(connection, head, body)
             nursery.cancel_scope.cancel()
         return another
+
+    async def _in_turn(self, connection: _Connection, head: h11.Request, body: bytes) -> bool:
+        with trio.move_on_after(PLACE_S) as in_time:
+            await self._places.acquire()
+        if in_time.cancelled_caught:
+            problem = _error("overloaded", f"{MAX_AT_ONCE} exchanges are running")
+            await connection.whole(503, problem, again=True)
+            return True
+        try:
+            return await self._answer(connection, head, body)
+        finally:
+            self._places.release()
 
     async def _answer(self, connection: _Connection, head: h11.Request, body: bytes) -> bool:
         path = head.target.decode("ascii")
@@ -306,13 +320,12 @@ class _Connection:
                 return  # the next request; of one that pipelines, writing shows when it has left
         scope.cancel()
 
-    async def whole(self, status: int, body: bytes) -> None:
-        """An answer of our own."""
+    async def whole(self, status: int, body: bytes, *, again: bool = False) -> None:
+        """An answer of our own; `again` where another try may succeed."""
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        # The openai package would try again, and again be refused.
-        await self._send(
-            h11.Response(status_code=status, headers=[*headers, ("x-should-retry", "false")])
-        )
+        if not again:  # the openai package would try, and again be refused
+            headers.append(("x-should-retry", "false"))
+        await self._send(h11.Response(status_code=status, headers=headers))
         await self.part(body)
         await self.end()
 

@@ -65,7 +65,8 @@ Result = Literal["reproduced", "differs", "not_comparable"]
 Form = Literal["recorded", "stream", "whole"]
 
 GENERATION_S = 3600.0
-"""A whole answer is silent until its end; the appliance bounds it with [limits] generation_s."""
+"""For all of an answer. A whole one is silent until its end, so also between two parts of one; the
+appliance bounds it with [limits] generation_s."""
 
 EXIT_STATUS = (
     "Exit status: 0 reproduced, 1 differs, 2 not comparable or could not be checked, 3 reproduced "
@@ -464,7 +465,7 @@ async def _ask_again(
     try:
         async with pinned_client(other.url, (other.spki_sha256,), read_s=GENERATION_S) as client:
             client.headers.update(headers)
-            answered, whole = await _ask(client, endpoint.value, body)
+            answered, whole = await ask(client, endpoint.value, body)
             other = await collect_exchange(client, other, answered, body)
     except (httpx2.HTTPError, httpx2.InvalidURL, ssl.SSLError, OSError) as error:
         reason = str(error) or type(error).__name__
@@ -474,21 +475,28 @@ async def _ask_again(
     return other
 
 
-async def _ask(client: httpx2.AsyncClient, path: str, body: bytes) -> tuple[Answered, bool]:
-    """What came, and whether that is all of it."""
+async def ask(client: httpx2.AsyncClient, path: str, body: bytes) -> tuple[Answered, bool]:
+    """What came, and whether that is all of it.
+
+    Raises:
+        VerificationIncomplete: it is not there in time, too large, or without a receipt.
+    """
     nonce = secrets.token_bytes(NONCE_BYTES)
     content, whole = bytearray(), True
     headers = {"Content-Type": "application/json", "X-DCV-Nonce": nonce.hex()}
-    async with client.stream("POST", path, content=body, headers=headers) as response:
-        try:
-            async for part in response.aiter_raw():
-                content += part
-                if len(content) > MAX_CONTENT_BYTES:
-                    raise VerificationIncomplete(
-                        f"expected an answer of at most {MAX_CONTENT_BYTES} bytes"
-                    )
-        except httpx2.HTTPError:
-            whole = False
+    with trio.move_on_after(GENERATION_S) as in_time:
+        async with client.stream("POST", path, content=body, headers=headers) as response:
+            try:
+                async for part in response.aiter_raw():
+                    content += part
+                    if len(content) > MAX_CONTENT_BYTES:
+                        raise VerificationIncomplete(
+                            f"expected an answer of at most {MAX_CONTENT_BYTES} bytes"
+                        )
+            except httpx2.HTTPError:
+                whole = False
+    if in_time.cancelled_caught:
+        raise VerificationIncomplete(f"expected the whole answer within {GENERATION_S:g} s")
     receipt_id = response.headers.get("X-Receipt-Id", "")
     if not is_receipt_id(receipt_id):
         raise VerificationIncomplete(

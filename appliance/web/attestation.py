@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import trio
 from msgspec import Meta, Struct
@@ -24,6 +24,7 @@ from appliance.errors import (
     EvidenceError,
     InvalidRequest,
     Malformed,
+    Overloaded,
     RateLimited,
     RouteNotFound,
 )
@@ -47,6 +48,11 @@ from appliance.wire.openai import convert
 from appliance.wire.report import ACI_VERSION, MAX_GPUS
 
 NONCE_BYTES = 32
+
+DISK_S = 5.0
+"""To find something in the receipts' store, behind what is written to it."""
+
+T = TypeVar("T")
 
 PREFIXES = ("/v1/dcv/attestation", "/~sev_gpu@1.0")
 """Ours, and that of the original device."""
@@ -153,7 +159,7 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
         _count(services)
         made = await evidence_or_refusal(deadline_s, partial(services.reports.null_form, wanted))
         if made is None:
-            made = await services.receipts.find_report(wanted)
+            made = await _from_disk(partial(services.receipts.find_report, wanted))
         if made is None:
             raise RouteNotFound("no keyset of this digest was ever current here")
         return _json_bytes(made)
@@ -188,7 +194,8 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
 
     async def receipt(receipt_id: str) -> Response:
         tenant = services.authenticator.authenticate(request.headers.get("Authorization"))
-        return _json_bytes(await services.receipts.find(receipt_id, tenant.id))
+        find = partial(services.receipts.find, receipt_id, tenant.id)
+        return _json_bytes(await _from_disk(find))
 
     async def epoch(digest: str) -> Response:
         tenant = services.authenticator.authenticate(request.headers.get("Authorization"))
@@ -196,7 +203,8 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
             wanted = parse_sha256(digest, field="evidence_digest")
         except Malformed as error:
             raise InvalidRequest(error.message, param="evidence_digest") from None
-        return _json_bytes(await services.receipts.find_epoch(wanted, tenant.id))
+        find = partial(services.receipts.find_epoch, wanted, tenant.id)
+        return _json_bytes(await _from_disk(find))
 
     async def info() -> Response:
         return _json({"exports": ["generate", "verify", "info"], "version": "1.0"})
@@ -270,6 +278,19 @@ def _count(services: AttestationServices) -> str:
     peer = site_of(request.remote_addr) if request.remote_addr else ""
     services.rate.take(peer)
     return peer
+
+
+async def _from_disk(find: Callable[[], Awaitable[T]]) -> T:
+    """What the receipts' store finds.
+
+    Raises:
+        Overloaded: not in time; a disk that hangs answers nobody.
+    """
+    try:
+        with trio.fail_after(DISK_S):
+            return await find()
+    except trio.TooSlowError:
+        raise Overloaded("receipts cannot be read from disk now", retry_after_s=5) from None
 
 
 def _query_nonce() -> bytes | None:

@@ -7,6 +7,8 @@ import json
 import os
 import secrets
 import signal
+import threading
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -445,6 +447,40 @@ async def test_a_defect_of_ours_in_mid_stream_is_not_said_to_be_the_clients_leav
     assert log.forwarded is not None
     assert log.ended.bytes > 0
     assert log.output is None
+
+
+async def test_a_disk_that_hangs_is_503_in_time_and_answers_go_on(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    stalled, goes_on = threading.Event(), threading.Event()
+
+    def clock() -> float:
+        """Stands still for whoever writes receipts, in the thread that touches the disk."""
+        if stalled.is_set() and threading.current_thread() is not threading.main_thread():
+            goes_on.wait(60)
+        return time.time()
+
+    sections: Sections = {"attestation": {"interval_s": 600.0}}
+    appliance = await start_appliance(nursery, tmp_path, sections=sections, wall_clock=clock)
+    answers: list[httpx2.Response] = []
+
+    async def ask(path: str) -> None:
+        async with appliance.client() as client:
+            answers.append(await client.get(path))
+
+    stalled.set()
+    try:
+        assert (await appliance.chat()).status_code == 200
+        async with trio.open_nursery() as askers:
+            for path in ("aci/receipts/" + "0" * 32, "dcv/epochs/sha256:" + "0" * 64):
+                askers.start_soon(ask, "/v1/" + path)
+            askers.start_soon(ask, "/v1/dcv/reports/sha256:" + "0" * 64)
+        assert (await appliance.chat()).status_code == 200
+    finally:
+        goes_on.set()
+    assert [one.status_code for one in answers] == [503] * 3
+    assert {one.json()["error"]["code"] for one in answers} == {"overloaded"}
+    assert {one.headers["retry-after"] for one in answers} == {"5"}
 
 
 async def test_a_flipped_byte_of_a_receipt_does_not_verify(appliance: RunningAppliance) -> None:

@@ -304,6 +304,27 @@ async def test_evidence_that_does_not_hold_withdraws_at_once(
     assert [type(error) for error in withdrawn] == [expected]
 
 
+async def test_an_appraisal_that_hangs_fails_its_epoch_and_withdraws_after_its_count(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """It once stopped every epoch for good, and nobody was told."""
+    withdrawn: list[ApplianceError] = []
+
+    async def hang(_gpus: tuple[GpuEvidence, ...], _nonce: bytes) -> AttestationResult:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    epochs = make(Device(), withdrawn, hang)
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        for number in range(3):
+            assert not withdrawn
+            with pytest.raises(AttesterUnavailable, match="within 30 s"):
+                await epochs.join("request", commitment(number))
+        owner.cancel_scope.cancel()
+    assert len(withdrawn) == 1
+
+
 async def test_a_device_that_hangs_is_a_typed_error(autojump_clock: trio.abc.Clock) -> None:
     epochs = make(Device(report_s=1e6))
     async with trio.open_nursery() as owner:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import httpx2
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.errors import NotComparable
+from appliance.errors import NotComparable, VerificationIncomplete
 from appliance.rats.result import Tier
 from appliance.verifier.replay import (
     COMPARED,
+    GENERATION_S,
     Difference,
     Form,
     Recorded,
     Replayed,
     Result,
     Side,
+    ask,
     first_difference,
     request_again,
     require_same_workload,
@@ -244,3 +249,24 @@ def test_without_two_answers_nothing_is_learnt(result: Result | None) -> None:
         "original": None,
         "replay": None,
     }
+
+
+async def test_an_answer_that_trickles_is_given_up_in_time(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """A deadline for each read alone is none: an appliance may write a byte within each."""
+
+    class Trickle(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            while True:
+                await trio.sleep(GENERATION_S / 10)
+                yield b" "
+
+    class Appliance(httpx2.AsyncBaseTransport):
+        async def handle_async_request(self, _request: httpx2.Request) -> httpx2.Response:
+            return httpx2.Response(200, stream=Trickle())
+
+    async with httpx2.AsyncClient(transport=Appliance(), base_url="https://one") as client:
+        with pytest.raises(VerificationIncomplete, match="the whole answer within 3600 s"):
+            await ask(client, "/v1/completions", b"{}")
+    assert trio.current_time() == pytest.approx(GENERATION_S)
