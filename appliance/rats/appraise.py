@@ -79,7 +79,8 @@ def appraise_report(
     image = _image(report, context.reference)
     cpu = _appraise_cpu(report, image, context)
     # 4. Provenance: step 3 compared what was quoted with the reference values of `image_digest`;
-    #    here the documents must name that image.
+    #    here the documents must name that image, and the report the commit that they name.
+    _check_commit(report)
     provenance = _provenance_findings(report, image, context.reference)
     # 5. Custody: that the keys were born in RAM and never left it follows from 3 and 4, because
     #    that is what the measured code does. There is nothing to compute.
@@ -193,6 +194,15 @@ def _image(report: Report, reference: ReferenceValues | None) -> ImageReference 
     return reference.of(digest)
 
 
+def _check_commit(report: Report) -> None:
+    claimed, named = report.provenance.get("repo_commit"), _member(report.workload, "image")
+    if claimed != named.get("commit"):
+        raise Unbound(
+            f"source_provenance.repo_commit: expected {named.get('commit')}, "
+            f"got {str(claimed)[:80]}"
+        )
+
+
 def _provenance_findings(
     report: Report, image: ImageReference | None, reference: ReferenceValues | None
 ) -> Iterator[Finding]:
@@ -284,18 +294,29 @@ def _corroboration_findings(
 ) -> Iterator[Finding]:
     """An image that the policy names must be the one that was measured: "a provenance claim no
     measurement backs MUST NOT satisfy this check" (aci/1 section 9.1, 4). One is backed when every
-    measurement that step 3 needs was compared with what the reference values have for it."""
+    measurement that step 3 needs was compared with what the reference values have for it. What the
+    report says besides is told to be no more than that."""
     accepted, claimed = context.policy.images, report.provenance.get("image_digest")
-    if claimed not in accepted:  # none is asked for, or another: that is a finding already
-        return
     image = _image(report, context.reference)
-    if image is None or any(one.got == NOT_COMPARED for one in cpu.all_findings()):
+    backed = image is not None and all(one.got != NOT_COMPARED for one in cpu.all_findings())
+    if claimed in accepted and not backed:  # another one is a finding already
         yield Finding(
             context.claimed_image,
             "report.image_digest.claimed",
             "measurements that the reference values give for this image",
             f"{str(claimed)[:80]}, claimed and not compared",
             "Give the reference values of the images that the policy accepts.",
+        )
+    told = ["repo_url", "image_provenance"]
+    if not accepted and not backed:
+        told.append("image_digest")
+    if words := [name for name in told if report.provenance.get(name) is not None]:
+        yield Finding(
+            Tier.AFFIRMING,
+            "report.source_provenance",
+            "what measurements back",
+            f"{', '.join(words)}: the word of whoever made the report",
+            "Look for it in the reference values of the release, and not in the report.",
         )
 
 

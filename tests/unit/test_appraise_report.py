@@ -234,8 +234,20 @@ def test_an_image_that_is_measured_to_be_another_is_refused() -> None:
     assert verdict(remade(image=IMAGE), rules=rules).verdict is Tier.CONTRAINDICATED
 
 
-def test_an_image_that_no_policy_names_needs_no_measurement() -> None:
-    assert checks(verdict(remade(image=IMAGE))) == {}
+def test_an_image_that_no_policy_names_needs_no_measurement_and_is_said_to_have_none() -> None:
+    assert checks(verdict(remade(image=IMAGE))) == {"report.source_provenance": Tier.AFFIRMING}
+
+
+@pytest.mark.parametrize("claimed", ["abc124", "", None])
+def test_a_commit_that_the_measured_documents_do_not_name_is_refused(claimed: str | None) -> None:
+    """It was printed among what was verified, and compared with nothing."""
+    image: JsonObject = {"version": "1", "commit": "abc123", "roothash": None}
+    report = remade(workload={**WORKLOAD, "image": image})
+    same = replace(report, provenance={**report.provenance, "repo_commit": "abc123"})
+    assert verdict(same).verdict is Tier.WARNING
+    other = replace(report, provenance={**report.provenance, "repo_commit": claimed})
+    with pytest.raises(Unbound, match="repo_commit: expected abc123"):
+        verdict(other)
 
 
 def test_another_image_is_refused_by_its_name() -> None:

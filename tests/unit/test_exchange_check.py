@@ -10,7 +10,7 @@ import datetime
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -207,7 +207,12 @@ def machine(*, not_after: int = AT + 3600) -> Machine:
         keyset_document=keyset.to_json(),
         keyset=keyset,
         report_data=report_data,
-        provenance={"image_digest": None},
+        provenance={
+            "repo_url": "https://example.org/dcv",
+            "repo_commit": None,
+            "image_digest": "sha256:" + "d1" * 32,
+            "image_provenance": None,
+        },
         cpu=trio.run(quote),
         gpu=GpuSection(
             gpu_evidence_digest(evidence),
@@ -1212,6 +1217,93 @@ def test_a_bundle_is_read_as_it_was_written() -> None:
     assert refusal(FILE) is None
     assert parse_bundle(FILE).to_bytes() == FILE
     assert parse_bundle(replace(WHOLE, exchange=None).to_bytes()).exchange is None
+
+
+THE_MAKERS_WORD = {
+    "url": "where it was fetched: whoever made the file says so",
+    "fetched_at": "as `url`; the receipt has a time of the appliance's",
+    "report.attestation.source_provenance.repo_url": "no measurement says where source lies",
+    "report.attestation.source_provenance.image_provenance": "as `repo_url`; ours is null",
+    "report.attestation.source_provenance.image_digest": "until reference values are given",
+    # Nobody vouches for simulated hardware; of NVIDIA's, tests/unit/test_revocation.py.
+    "report.attestation.evidence.gpu.gpus.0.ocsp_b64": "simulated",
+    "report.attestation.evidence.gpu.gpus.1.ocsp_b64": "simulated",
+    **{f"epochs.{epoch}.gpus.{gpu}.ocsp_b64": "simulated" for epoch in (0, 1) for gpu in (0, 1)},
+}
+"""What an altered bundle may say, and why."""
+
+COVERED_BY = {
+    # The beginning of a member's place, to what is said not to hold where the member does not.
+    "api_version": "of dcv/1",
+    "nonce": "report_data",
+    "spki_sha256": "TLS key",
+    "receipt": "receipt: its signature",
+    "report.service_capabilities": "report: expected it as it was understood",
+    "report.attestation.workload_keyset": "workload_keyset_digest",
+    "report.attestation.workload_keyset.receipt_signing_keys": "receipt_signing_keys",
+    "report.attestation.evidence.cpu.report_b64": "the report's signature",
+    "report.attestation.evidence.instance": "subject",
+    "report.attestation.evidence.instance.keys": "instance.keys",
+    "report.attestation.evidence.workload": "subject",
+    "report.attestation.evidence.policy": "policy_digest",
+    "report.attestation.evidence.gpu.inclusion": "inclusion.",
+    "report.attestation.evidence.gpu.gpus": "evidence_digest",
+    "epochs": "evidence_digest",
+}
+
+
+def members(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in a document that has nothing below it."""
+    if value and isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from members(item, f"{place}.{name}" if place else str(name))
+    else:
+        yield place, value
+
+
+def altered(value: Any, place: str) -> Any:
+    """Another value of the same form."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case str():
+            middle = len(value) // 3
+            return value[:middle] + ("1" if value[middle] == "0" else "0") + value[middle + 1 :]
+        case None:
+            return "sha256:" + "00" * 32 if place.endswith("digest") else "x"
+        case []:
+            return ["AAAA"] if place.endswith("b64") else ["00" * 32]
+        case _:
+            return {"x": 1}
+
+
+@pytest.mark.parametrize("place", [place for place, _ in members(json.loads(FILE))])
+def test_every_member_of_a_bundle_is_held_to_something_that_is_named(place: str) -> None:
+    document: Any = json.loads(FILE)
+    *above, last = (int(name) if name.isdecimal() else name for name in place.split("."))
+    inside = document
+    for name in above:
+        inside = inside[name]
+    inside[last] = altered(inside[last], place)
+    error = refusal(json.dumps(document).encode())
+    if place in THE_MAKERS_WORD:
+        assert error is None
+        return
+    assert error is not None
+    named = next(name for name in reversed(place.split(".")) if not name.isdecimal())
+    covers = [text for start, text in COVERED_BY.items() if place.startswith(start)]
+    words = [named.removesuffix("_b64").removesuffix("s"), *covers]
+    assert any(word.lower() in error.message.lower() for word in words), error.message
+
+
+def test_what_no_measurement_backs_is_said_to_be_the_makers_word() -> None:
+    result = check(parse_bundle(FILE), RULES, at=NOW)
+    [told] = [one for one in result.findings if one.check == "report.source_provenance"]
+    assert told.tier is Tier.AFFIRMING
+    assert told.got == "repo_url, image_digest: the word of whoever made the report"
 
 
 @pytest.mark.parametrize("name", ["receipt", "epochs", "request_b64", "response_b64", "nonce"])
