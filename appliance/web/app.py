@@ -34,7 +34,7 @@ from appliance.web.openai import CLEANUP, TENANT, InferenceServices, add_inferen
 from appliance.web.openapi import add_openapi_route
 from appliance.web.peers import site_of
 from appliance.web.problem import defect, problem
-from appliance.web.stream import WRITE_NOW, EventStreamBody, Write
+from appliance.web.stream import WRITE_NOW, EventStreamBody, WholeAnswerBody, Write
 from appliance.web.well_known import add_well_known_routes
 
 
@@ -95,10 +95,12 @@ class RequestConnection(TrioASGIHTTPConnection):
     async def _send_response(
         self, send: ASGISendCallable, response: Response | WerkzeugResponse
     ) -> None:
-        """Send an answer; a stream writes its body itself."""
+        """Send an answer; a stream writes its body itself, and a whole one hears that it was taken."""
         body = response.response
         if not isinstance(body, EventStreamBody):
             await super()._send_response(send, response)
+            if isinstance(body, WholeAnswerBody):
+                body.delivered()
             return
         headers = encode_headers(response.headers)
         await send(

@@ -163,6 +163,7 @@ class StreamBuffer:
         self._taken = 0
         self._moved = trio.Event()
         self._closed = False
+        self._lost = False
         self.finished = False  # the application has said all it will say
 
     @property
@@ -177,6 +178,7 @@ class StreamBuffer:
     async def close(self) -> None:
         """The stream is over, sent or not: let go of everything that waits."""
         self._closed = True
+        self._lost = self._lost or bool(self._buffer)
         self._buffer.clear()
         self._wake()
 
@@ -197,9 +199,11 @@ class StreamBuffer:
         """Wait until everything was handed to the connection; with `finished`, the end too.
 
         Raises:
-            BufferCompleteError: the client has not read for too long.
+            BufferCompleteError: the client is gone, or has not read for too long.
         """
         await self._wait_below(0 if self.finished else 1)
+        if self._lost:
+            raise BufferCompleteError
 
     async def pop(self, max_length: int) -> bytes:
         """Take at most so many bytes, for sending now."""
@@ -295,22 +299,28 @@ class Http2Protocol(H2Protocol):
             await self.has_data.set()
 
     async def stream_send(self, event: StreamEvent) -> None:
-        """What the application says on a stream; a stream that is gone says nothing."""
+        """What the application says on a stream.
+
+        Raises:
+            BufferCompleteError: of a body, that not all of it goes out; a head or an end on a stream
+                that is gone is dropped.
+        """
         buffer = self.buffers.get(event.stream_id)
         if isinstance(event, StreamClosed):
             await self._end(event.stream_id, buffer)
-        elif buffer is None:
-            return
         elif isinstance(event, Body | EndBody):
+            if buffer is None:
+                raise BufferCompleteError
             with contextlib.suppress(MissingStreamError):
                 self.priority.unblock(event.stream_id)
             await self.has_data.set()
-            with contextlib.suppress(BufferCompleteError):
-                if isinstance(event, Body):
-                    await buffer.push(event.data)
-                else:
-                    buffer.set_complete()
-                    await buffer.drain()
+            if isinstance(event, Body):
+                await buffer.push(event.data)
+            else:
+                buffer.set_complete()
+                await buffer.drain()
+        elif buffer is None:
+            return
         else:
             await super().stream_send(event)
 

@@ -33,7 +33,6 @@ from appliance.serving.epochs import Attested, Epochs
 from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk, forwarded_hash_of
 from appliance.serving.metrics import (
     CLIENT_DISCONNECTED,
-    COMPLETE,
     ExchangeMetrics,
     Metrics,
 )
@@ -49,7 +48,7 @@ from appliance.serving.workers import Work, Workers
 from appliance.web.bodies import read_body
 from appliance.web.evidence import evidence_or_refusal
 from appliance.web.problem import defect, error_body, problem
-from appliance.web.stream import EventStreamBody, ProvenStreamBody, StreamProof
+from appliance.web.stream import EventStreamBody, ProvenStreamBody, StreamProof, WholeAnswerBody
 from appliance.wire.canonical import (
     MAX_SAFE_INTEGER,
     JsonObject,
@@ -219,7 +218,7 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     cleanup.callback(record.abandoned)
     try:
         work = services.parsing.for_size(tenant.id, len(raw))
-        response, streaming = await _infer(
+        response = await _infer(
             services, _Arrival(endpoint, tenant, raw, work, cleanup, observed, record)
         )
     except ApplianceError as error:
@@ -233,16 +232,12 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     except Exception:  # a defect, which the application logs and answers; it was not the client
         after_this_request(partial(_record_defect, observed, record))
         raise
-    else:
-        if not streaming:
-            observed.end(COMPLETE)
-            record.complete()
     response.headers["X-Receipt-Id"] = record.receipt_id
     return response
 
 
-async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Response, bool]:
-    """The other steps of `infer`; also says whether the answer goes on as a stream."""
+async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
+    """The other steps of `infer`."""
     record = arrival.record
     # 3. Understand, every key or none.
     _client_nonce()
@@ -272,8 +267,8 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> tuple[Respon
     admitted = _Admitted(arrival, wanted, plans, exchange, response_id)
     try:
         if wanted.stream:
-            return await _stream(services, admitted), True
-        return await _complete(services, admitted), False
+            return await _stream(services, admitted)
+        return await _complete(services, admitted)
     except EngineError as error:
         raise exchange.interrupted or error from error
 
@@ -369,8 +364,11 @@ async def _complete(services: InferenceServices, one: _Admitted) -> Response:
     if wanted.proof.at_end:
         encode = encode_answer if wanted.endpoint is Endpoint.EMBEDDINGS else canonical_json
         data = encode({**answer.value, **await _proof(services, one)})
-    record.write(data)
-    return Response(data, content_type="application/json")
+    response = Response(
+        WholeAnswerBody(data, one.arrival.observed, record), content_type="application/json"
+    )
+    response.content_length = len(data)
+    return response
 
 
 async def _proof(services: InferenceServices, one: _Admitted) -> JsonObject:

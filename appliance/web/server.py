@@ -31,6 +31,7 @@ from typing import Any
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.h2 import BufferCompleteError
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.worker_context import WorkerContext
@@ -54,7 +55,7 @@ from appliance.serving.metrics import Metrics
 from appliance.web.http1 import Http1Protocol
 from appliance.web.http2 import MAX_STREAMS, Http2Protocol
 from appliance.web.peers import site_of
-from appliance.web.stream import WRITE_NOW, UncleanEnd
+from appliance.web.stream import WRITE_NOW, ClientGone, UncleanEnd
 from appliance.web.tls import TlsStream
 
 BACKLOG = 1024
@@ -362,7 +363,7 @@ class Connection:
                 await self._tls.do_handshake()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             return
-        tasks = AppTasks()
+        tasks = AppTasks(lost=lambda: self._peer_gone)
         async with tasks:
             arguments = (
                 self._service.app,
@@ -447,9 +448,23 @@ class Connection:
 
     def _write_body(self, data: bytes) -> Awaitable[None] | None:
         """The application's `web.stream.Write`. Ours and not the protocol's: whoever keeps it must
-        not keep the protocol."""
+        not keep the protocol.
+
+        Raises:
+            ClientGone: at once, or from what it returns.
+        """
         assert isinstance(self.protocol, Http1Protocol)
-        return self.protocol.write_now(data)
+        waiting = self.protocol.write_now(data)
+        if waiting is not None:
+            return self._taken(waiting)
+        if self._peer_gone:
+            raise ClientGone
+        return None
+
+    async def _taken(self, waiting: Awaitable[None]) -> None:
+        await waiting
+        if self._peer_gone:
+            raise ClientGone
 
     async def _write(self, data: bytes) -> None:
         """Write, shielded (half of what a protocol says would break the connection for other
@@ -546,14 +561,19 @@ class AppTasks(TaskGroup):
     """The application's tasks on one connection.
 
     Hypercorn's leaves what is told to a finished application in a queue that fills up, and then
-    whoever tells it something waits for ever.
+    whoever tells it something waits for ever. And what an application says to a client that does
+    not take it returns there as if it had been taken; here it raises.
+
+    Args:
+        lost: whether the connection is.
 
     Attributes:
         extensions: what the server offers the application beyond ASGI.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, lost: Callable[[], bool]) -> None:
         super().__init__()
+        self._lost = lost
         self.extensions: dict[str, dict[Any, Any]] = {}
 
     async def spawn_app(
@@ -567,16 +587,26 @@ class AppTasks(TaskGroup):
             scope["extensions"].update(self.extensions)
         tell, told = trio.open_memory_channel[ASGIReceiveEvent](config.max_app_queue_size)
 
+        async def say(message: ASGISendEvent | None) -> None:
+            try:
+                await send(message)
+            except BufferCompleteError:
+                raise ClientGone from None
+            # Not after the last message: a client may go as soon as it has all of an answer.
+            if message is not None and message.get("more_body") and self._lost():
+                raise ClientGone
+
         async def run_app() -> None:
             try:
                 with told:
                     await app(
-                        scope, told.receive, send, trio.to_thread.run_sync, trio.from_thread.run
+                        scope, told.receive, say, trio.to_thread.run_sync, trio.from_thread.run
                     )
             except* Exception:
                 await config.log.exception("application")
             finally:
-                await send(None)
+                with contextlib.suppress(ClientGone):
+                    await say(None)
 
         async def tell_app(event: ASGIReceiveEvent) -> None:
             with contextlib.suppress(trio.BrokenResourceError):
@@ -604,7 +634,7 @@ class HypercornLog:
     async def exception(self, message: str, *_args: object, **_kwargs: object) -> None:
         """Called while an exception that left the application is handled."""
         found = leaves(sys.exc_info()[1])
-        if not all(isinstance(leaf, UncleanEnd) for leaf in found):
+        if not all(isinstance(leaf, UncleanEnd | ClientGone) for leaf in found):
             names = sorted({type(leaf).__name__ for leaf in found})
             self._log.error("application_error", where=message, errors=names)
 

@@ -1,4 +1,4 @@
-"""The body of a streamed answer: events as they come, a heartbeat in silence, a true end.
+"""The body of an answer: of a stream, events as they come, a heartbeat in silence, a true end.
 
 A stream ends in one of two ways. Cleanly: `data: [DONE]`, then the end of the body. Otherwise:
 one `data: {"error": …}` event and then *no* end: no last chunk on HTTP/1.1, RST_STREAM on HTTP/2.
@@ -7,13 +7,14 @@ look like one. Raising out of the body is how an ASGI application says this to i
 `web.server`, which turns it into the unclean end.
 
 What a client can have proven inside its stream (protocol.md section 6) is a body of its own,
-`ProvenStreamBody`: whoever asks for nothing pays nothing for it.
+`ProvenStreamBody`: whoever asks for nothing pays nothing for it. An answer that is there as a whole
+goes out as a `WholeAnswerBody`, so that its receipt says what of it went.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -39,6 +40,9 @@ from appliance.wire.commitments import completion_commitment
 from appliance.wire.openai import Proof
 from appliance.wire.sse import DONE_EVENT, PING, PING_LINE, encode_event
 
+PART_BYTES = 1 << 16
+"""Of a whole answer, written and recorded at a time; what a connection writes by one deadline."""
+
 USAGE = b'"usage"'
 """What events contain that tell it. Inside a text the quotes would be escaped."""
 
@@ -54,6 +58,10 @@ bytes at all see to it that the answer's head has left."""
 
 class UncleanEnd(Exception):  # noqa: N818  # an instruction to the server, not an error
     """Raised through Quart into the server: the answer so far must not end cleanly."""
+
+
+class ClientGone(OSError):  # noqa: N818  # what happened, and nobody's error
+    """Raised where an answer is written, as ASGI 2.4 has it: the client does not take it."""
 
 
 class EventStreamBody(ResponseBody):
@@ -114,12 +122,15 @@ class EventStreamBody(ResponseBody):
 
         Raises:
             UncleanEnd: after the error event there must be nothing, no end either.
+            ClientGone: from `write`; the answer ends as it does when its task is cancelled.
         """
         ended_by: Exception
         try:
             if not self._begun:
                 await _written(write(b""))
             await self._relay(write)
+        except ClientGone:
+            raise
         except ApplianceError as error:
             told, ended_by = self._exchange.interrupted or error, UncleanEnd()
         except Exception as error:  # noqa: BLE001  # goes on to the server behind the error event
@@ -180,6 +191,47 @@ class EventStreamBody(ResponseBody):
 async def _written(waiting: Awaitable[None] | None) -> None:
     if waiting is not None:
         await waiting
+
+
+class WholeAnswerBody(ResponseBody):
+    """An answer in parts that are recorded as they are taken.
+
+    It is complete only when it was `delivered`: a client that stops reading leaves with its parts.
+    """
+
+    def __init__(self, data: bytes, observed: ExchangeMetrics, record: ExchangeRecord) -> None:
+        self._data = data
+        self._observed = observed
+        self._record = record
+        self._part = b""
+        self._next = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._record.write(self._part)  # asked for the next, this one was taken
+        start, self._next = self._next, self._next + PART_BYTES
+        self._part = self._data[start : self._next]
+        if not self._part:
+            raise StopAsyncIteration
+        return self._part
+
+    def delivered(self) -> None:
+        """All of it was taken, and its end."""
+        self._observed.end(COMPLETE)
+        self._record.complete()
 
 
 @dataclass(frozen=True, slots=True)

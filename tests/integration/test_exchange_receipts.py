@@ -16,10 +16,13 @@ from typing import Any
 import httpx2
 import pytest
 import trio
+from h2.settings import SettingCodes
 
 from appliance.errors import InternalError, Malformed
 from appliance.rats.binding import check_inclusion
 from appliance.serving.auth import hash_key
+from appliance.web.http2 import BUFFER_BYTES
+from appliance.web.stream import PART_BYTES
 from appliance.wire.canonical import parse_json_object
 from appliance.wire.commitments import gpu_evidence_digest, request_commitment
 from appliance.wire.encoding import decode_base64
@@ -44,6 +47,7 @@ from tests.integration.appliance import (
     start_appliance,
 )
 from tests.integration.test_life import slow_chat
+from tests.integration.wire import FrameWire, Wire
 from tests.processes import collectors
 
 CHAT = "/v1/chat/completions"
@@ -383,6 +387,39 @@ async def test_whoever_waits_for_evidence_at_the_end_is_refused_and_never_forwar
         nursery.cancel_scope.cancel()
     codes = {one.json()["error"]["code"] for one in answers}
     assert codes == {"engine_died" if what == "engine" else "not_serving"}
+
+
+@pytest.mark.parametrize("protocol", ["HTTP/1.1", "HTTP/2"])
+async def test_a_whole_answer_that_is_not_read_is_not_said_to_be_delivered(
+    nursery: trio.Nursery, tmp_path: Path, protocol: str
+) -> None:
+    """Its receipt once said complete, with all its bytes, before one of them was written."""
+    sections: Sections = {"limits": {"write_s": 0.5, "max_choices": 32}}
+    appliance = await start_appliance(nursery, tmp_path, sections=sections)
+    if protocol == "HTTP/1.1":
+        # Some megabytes, so that the kernel's buffers do not take all of it.
+        words = {"max_tokens": 800, "ignore_eos": True, "logprobs": True, "top_logprobs": 5}
+        request = body(n=32, **words)
+        async with Wire.open(appliance, receive_bytes=4096) as wire:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(request)}\r\n\r\n"
+            await wire.send(head.encode() + request)
+            head = (await wire.read_until(b"\r\n\r\n")).decode().lower()
+            fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line)
+            log = await _receipt_when_there(appliance, fields["x-receipt-id"])
+    else:
+        async with FrameWire.open(appliance) as frames:
+            await frames.greet({SettingCodes.INITIAL_WINDOW_SIZE: 10})
+            await frames.send_frames(*frames.post(1, CHAT, body()))
+            fields = await frames.headers(1)
+            log = await _receipt_when_there(appliance, fields["x-receipt-id"])
+    assert (log.ended.outcome, log.ended.code) == ("client_disconnected", None)
+    length = int(fields["content-length"])
+    if protocol == "HTTP/1.1":
+        assert log.ended.bytes in range(0, length, PART_BYTES)
+    else:  # it waits for the client's window, in our buffer
+        assert log.ended.bytes == length <= BUFFER_BYTES
+    assert log.output is None
+    assert not {"application_error", "request_defect"} & {x["event"] for x in appliance.log_lines}
 
 
 async def test_a_second_sigterm_ends_at_once_and_loses_no_receipt(tmp_path: Path) -> None:

@@ -202,9 +202,13 @@ class FrameWire(Wire):
 
     async def status(self, stream_id: int) -> int:
         """Status of the answer on a stream."""
+        return int((await self.headers(stream_id))[":status"])
+
+    async def headers(self, stream_id: int) -> dict[str, str]:
+        """Head of the answer on a stream."""
         while stream_id not in self._headers:
             await self.wait_for(HeadersFrame, stream_id)
-        return int(dict(self._headers[stream_id])[":status"])
+        return dict(self._headers[stream_id])
 
     async def wait_for_end(self, stream_id: int) -> bytes:
         """The body of an answer that ends cleanly."""
