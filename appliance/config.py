@@ -446,7 +446,8 @@ class Attestation(Struct, frozen=True, forbid_unknown_fields=True):
         nvidia_sdk_mode: `local` verifies here, `remote` asks NVIDIA's service (NRAS).
         nvidia_sdk_s: its whole run.
         keyset_s: how long a keyset is valid.
-        unsafe_max_evidence_age_s: a request may use GPU evidence up to this old; 0 never.
+        unsafe_max_evidence_age_s: a request may use GPU evidence up to this old; 0 never. Its
+            receipt is then `unbound` to every verifying client, `dcv` among them, by any policy.
         simulated_latency_s: of the simulated GPU's report.
         simulated_fault: what the simulated hardware does wrong; `none` nothing.
     """

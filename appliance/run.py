@@ -60,7 +60,7 @@ from appliance.serving.reattestation import Reattestation
 from appliance.serving.receipts import ReceiptLimits, ReceiptStore
 from appliance.serving.workers import Workers
 from appliance.web.app import create_app
-from appliance.web.attestation import AttestationServices, PeerRate
+from appliance.web.attestation import AttestationServices, PeerRate, aci_headers
 from appliance.web.health import HealthSource
 from appliance.web.metrics import serve_metrics
 from appliance.web.openai import InferenceServices
@@ -332,6 +332,10 @@ class _Appliance:
                 lifecycle=self.lifecycle,
                 admission=self.admission,
                 metrics=self.metrics,
+                headers=lambda: [
+                    (name.encode("ascii"), value.encode("ascii"))
+                    for name, value in aci_headers(booted.reports).items()
+                ],
                 log=self.log,
             )
             helpers.cancel_scope.cancel()

@@ -141,8 +141,8 @@ class ExchangeRecord:
         self._transcript = Transcript(max_bytes=self._desk.max_bytes, streams=wanted.stream)
 
     def begin(self) -> None:
-        """Its receipt may be asked for from now on. Early, so that it is on disk before the client
-        hears the receipt's id."""
+        """Its receipt may be asked for from now on. Early: while evidence is collected it comes to
+        disk, mostly before the client hears the receipt's id. Nothing waits for that."""
         self._desk.store.begin(self.receipt_id, chat_id=self._chat_id, tenant=self._tenant.id)
 
     def forget(self) -> None:

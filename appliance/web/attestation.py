@@ -223,11 +223,18 @@ def add_attestation_routes(app: QuartTrio, services: AttestationServices) -> Non
     app.add_url_rule("/~sev_gpu@1.0/info", "sev_gpu_info", info, methods=["GET"])
 
     async def add_headers(response: Response) -> Response:
-        response.headers["X-ACI-Version"] = ACI_VERSION
-        response.headers["X-ACI-Keyset-Digest"] = format_sha256(services.reports.keyset_digest)
+        response.headers.update(aci_headers(services.reports))
         return response
 
     app.after_request(add_headers)
+
+
+def aci_headers(reports: Reports) -> dict[str, str]:
+    """What every response has."""
+    return {
+        "X-ACI-Version": ACI_VERSION,
+        "X-ACI-Keyset-Digest": format_sha256(reports.keyset_digest),
+    }
 
 
 def generated_document(

@@ -8,8 +8,8 @@ until the answer ends. Here reading goes on, up to a bound.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
 
 import h11
 from hypercorn.events import Closed, RawData, Updated
@@ -23,6 +23,8 @@ PIPELINED_BYTES = 1 << 16
 purpose; past this the client waits, as with any full buffer."""
 
 VERSIONS = (b"1.0", b"1.1")
+
+OwnHeaders: TypeAlias = Callable[[], Sequence[tuple[bytes, bytes]]]
 
 # h11 reads on where a line ends without CR and where the next one continues it (RFC 9112 sections
 # 2.2 and 5.2 allow both, and to refuse both). Other readers see other fields there.
@@ -48,17 +50,20 @@ class Http1Protocol(H11Protocol):
         *arguments: Any,
         wake: Callable[[], None],
         write_now: Callable[[bytes], Awaitable[None] | None],
+        headers: OwnHeaders,
     ) -> None:
-        """Hypercorn's, and two of the connection's own.
+        """Hypercorn's, and three of the connection's own.
 
         Args:
             wake: makes the reading task call `resume`.
             write_now: None where the kernel took the bytes at once, else what to await.
+            headers: of answers that are not the application's.
         """
         super().__init__(*arguments)
         self.failed = False
         self._wake = wake
         self._write_now = write_now
+        self._headers = headers
         self._head = b""  # of an answer whose body is about to follow
         self._chunked = False
 
@@ -166,6 +171,15 @@ class Http1Protocol(H11Protocol):
         if self.connection.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             await self._send_error_response(status)
         await self.send(Closed())
+
+    async def _send_error_response(self, status_code: int) -> None:
+        own = [*self._headers(), (b"content-length", b"0"), (b"connection", b"close")]
+        await self._send_h11_event(
+            h11.Response(
+                status_code=status_code, headers=[*own, *self.config.response_headers("h11")]
+            )
+        )
+        await self._send_h11_event(h11.EndOfMessage())
 
     async def _send_h11_event(self, event: H11SendableEvent) -> None:
         """Send; the head of an answer leaves with what follows it, in one record and one packet."""

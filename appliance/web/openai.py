@@ -24,6 +24,7 @@ from appliance.errors import (
     Malformed,
     ModelNotFound,
     RateLimited,
+    RouteNotFound,
     UnsupportedFeature,
 )
 from appliance.serving.aborts import Aborts
@@ -202,6 +203,7 @@ class _Admitted:
 async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     """One inference request, from its bytes to the beginning of its answer; counted, and once its
     body is there recorded, whatever becomes of it."""
+    _check_path()
     observed = services.metrics.observe(endpoint.value)
     cleanup: ExitStack = request.scope[CLEANUP]  # type: ignore[literal-required]
     # Only counts if nothing else ended it: then it was the client who left.
@@ -314,6 +316,16 @@ async def _evidence(services: InferenceServices, record: ExchangeRecord) -> Atte
             return earlier
     join = partial(services.epochs.join, "request", record.commitment)
     return await evidence_or_refusal(services.evidence_s, join)
+
+
+def _check_path() -> None:
+    """A receipt names the path as it was received, so there is one way to write each.
+
+    Raises:
+        RouteNotFound: it is percent-encoded.
+    """
+    if request.scope["raw_path"] != request.path.encode("utf-8"):
+        raise RouteNotFound("there is nothing at this path; write it without percent-encoding")
 
 
 def _open_record(services: InferenceServices, tenant: Tenant, raw: bytes) -> ExchangeRecord:

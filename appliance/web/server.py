@@ -52,7 +52,7 @@ from appliance.log import Log
 from appliance.serving.admission import Admission
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.serving.metrics import Metrics
-from appliance.web.http1 import Http1Protocol
+from appliance.web.http1 import Http1Protocol, OwnHeaders
 from appliance.web.http2 import MAX_STREAMS, Http2Protocol
 from appliance.web.peers import site_of
 from appliance.web.stream import WRITE_NOW, ClientGone, UncleanEnd
@@ -181,6 +181,7 @@ async def serve(
     lifecycle: Lifecycle,
     admission: Admission,
     metrics: Metrics,
+    headers: OwnHeaders,
     log: Log,
 ) -> None:
     """Serve until the appliance leaves `serving`, then drain and return.
@@ -192,6 +193,7 @@ async def serve(
 
     Args:
         context: the TLS server context.
+        headers: of answers that the application does not see, to what is not HTTP as we read it.
     """
     config = _hypercorn_config(log)
     wrapped = wrap_app(app, config.wsgi_max_body_size, "asgi")
@@ -204,6 +206,7 @@ async def serve(
         state=lifespan_state,
         tls=context,
         connections=Connections(limits, metrics, log),
+        headers=headers,
     )
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -282,6 +285,7 @@ class Service:
     state: LifespanState
     tls: ssl.SSLContext
     connections: Connections
+    headers: OwnHeaders
 
 
 class Connection:
@@ -380,7 +384,10 @@ class Connection:
                 self.protocol = Http2Protocol(*arguments, write_s=self._limits.write_s)
             else:
                 self.protocol = Http1Protocol(
-                    *arguments, wake=self._wake, write_now=self._write_now
+                    *arguments,
+                    wake=self._wake,
+                    write_now=self._write_now,
+                    headers=self._service.headers,
                 )
                 tasks.extensions[WRITE_NOW] = {"write": self._write_body}
             await self.protocol.initiate()

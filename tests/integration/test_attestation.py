@@ -46,6 +46,7 @@ from tests.integration.appliance import (
     start_appliance,
 )
 from tests.integration.test_life import slow_chat
+from tests.integration.wire import Wire
 from tests.processes import collectors
 
 NONCE = "ab" * 32
@@ -205,6 +206,16 @@ async def test_a_report_binds_the_nonce_and_every_response_names_the_keyset(
         assert (await client.get("/.well-known/dcv")).json()["keyset_digest"] == digest
         streamed = await client.post("/v1/chat/completions", content=slow_chat(tokens=2, ms=1))
         assert streamed.headers["x-aci-keyset-digest"] == digest
+    # Also where the application never hears of the request.
+    for request, status in (
+        (b"GET / HTTP/1.1\r\nbad header\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.2\r\nHost: x\r\n\r\n", b"505"),
+    ):
+        async with Wire.open(appliance) as wire:
+            await wire.send(request)
+            answer = (await wire.read_to_end()).lower()
+        assert answer.startswith(b"http/1.1 " + status)
+        assert f"\r\nx-aci-version: aci/1\r\nx-aci-keyset-digest: {digest}\r\n".encode() in answer
 
 
 async def test_the_null_form_is_made_once_and_kept_under_its_digest(

@@ -280,6 +280,19 @@ async def test_an_unknown_path_and_a_wrong_method_are_named(appliance: RunningAp
         assert (await client.get(CHAT)).json()["error"]["code"] == "method_not_allowed"
 
 
+@pytest.mark.parametrize("http2", [False, True])
+async def test_an_inference_path_is_written_in_one_way(
+    appliance: RunningAppliance, http2: bool
+) -> None:
+    """One with percent-encoding was served, and its receipt named another than was received."""
+    async with appliance.client(http2=http2) as client:
+        response = await client.post("/v1/ch%61t/completions", content=chat_body())
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+        assert "x-receipt-id" not in response.headers
+        assert (await client.post(f"{CHAT}?a=%61", content=chat_body())).status_code == 200
+    assert len(await appliance.engine_seen()) == 1
+
+
 async def test_a_compressed_body_is_refused(appliance: RunningAppliance) -> None:
     async with appliance.client() as client:
         response = await client.post(

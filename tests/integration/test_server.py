@@ -235,6 +235,7 @@ async def test_what_goes_wrong_in_a_connection_ends_there_and_is_told_by_type(
         state=state,
         tls=server_context,
         connections=connections,
+        headers=list,
     )
 
     async def handle(stream: trio.SocketStream) -> None:
