@@ -40,9 +40,8 @@ class DemoError(Exception):
     """The demonstration cannot go on; the text is for the person watching."""
 
 
-def main() -> int:
-    """Run the demonstration; returns the exit status."""
-    folder = LAYOUT.run / "demo"
+def main(folder: Path = LAYOUT.run / "demo") -> int:
+    """Run the demonstration, its files in `folder`; returns the exit status."""
     try:
         with running_appliance(folder) as url:
             ask(url, folder / "tls.pem")
