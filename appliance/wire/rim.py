@@ -39,7 +39,18 @@ MAX_RIM_BYTES = 1 << 20
 MAX_DEPTH = 8
 """Real ones have six levels."""
 
+MAX_TAGS = 4096
+"""That begin or end an element, or both: at most as many elements. Real ones have 99."""
+
+MAX_NAMESPACES = 32
+"""Declarations in all; real ones have six. Canonical XML puts those in scope in order at every
+element, so that many of both cost far more than their bytes (Canonical XML 1.1, section 2.3)."""
+
 MAX_ALTERNATIVES = 64
+
+MAX_ATTRIBUTES = MAX_ALTERNATIVES + 32
+"""Of one element; real ones have twelve. Canonical XML puts these in order, too."""
+
 MAX_CERTIFICATES = 16
 LAST_DIGEST_INDEX = 63
 """Of the 64 SPDM blocks; higher indices are numeric values ("Opaque Data RIM Attributes")."""
@@ -190,6 +201,10 @@ def _parse_tree(document: bytes) -> Element:
                 field="rim",
                 offset=len(document) - len(body) + at,
             )
+    # Before libxml2 reads a name. Here `<` begins a tag and nothing else (XML 1.0, section 2.4:
+    # "MUST NOT appear in their literal form" elsewhere), and without entities a name is spelled out.
+    _check_count(body.count(b"<"), MAX_TAGS, "tags")
+    _check_count(body.count(b"xmlns"), MAX_NAMESPACES, "namespace declarations")
     # The encoding is given: a declared one would let libxml2 see other characters than the search.
     parser = etree.XMLParser(
         encoding="utf-8",
@@ -211,8 +226,13 @@ def _parse_tree(document: bytes) -> Element:
     return root
 
 
+def _check_count(count: int, most: int, what: str) -> None:
+    if count > most:
+        raise Malformed(f"rim: expected at most {most} {what}, got {count}", field="rim")
+
+
 def _check_tree(root: Element) -> None:
-    """Elements only, no `xml:` attributes, not too deep; level by level, without recursion."""
+    """Elements only, few attributes, none of `xml:`, not too deep; by level, without recursion."""
     level, depth = [root], 0
     while level:
         depth += 1
@@ -222,6 +242,7 @@ def _check_tree(root: Element) -> None:
             # Comments and the like have no name. None gets past the search; none would be read.
             if not isinstance(element.tag, str):
                 raise Malformed("rim: expected elements and text only", field="rim")
+            _check_count(len(element.attrib), MAX_ATTRIBUTES, "attributes of an element")
             if any(name.startswith(f"{{{XML}}}") for name in element.attrib):
                 raise Malformed("rim: expected no xml: attribute", field="rim")
         level = [child for element in level for child in element]
