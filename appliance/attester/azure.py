@@ -24,10 +24,11 @@ from appliance.attester.vtpm import EVENT_LOG, MAX_EXTRA_DATA_BYTES, Tpm, open_t
 from appliance.config import Attestation
 from appliance.errors import DeviceFault, Malformed, ProviderAbsent
 from appliance.wire.azure_hcl import HclReport, parse_hcl_report
-from appliance.wire.azure_json import decode_any_base64, split_pem
+from appliance.wire.azure_json import decode_any_base64
 from appliance.wire.canonical import JsonObject, parse_json_object
 from appliance.wire.encoding import encode_base64
 from appliance.wire.evidence import CpuEvidence
+from appliance.wire.pem import join_pem, split_pem
 
 HCL_REPORT_INDEX = 0x01400001
 USER_DATA_INDEX = 0x01400002
@@ -90,11 +91,11 @@ async def _certification(settings: Attestation) -> dict[str, bytes]:
     """`vek` and `authorities`: `{"vcekCert": PEM, "certificateChain": PEM, …}`; empty without."""
     try:
         answer = await _ask(settings, "GET", CERTIFICATION)
-        first = split_pem(_text(answer, "vcekCert"), field="vcekCert")
-        rest = split_pem(_text(answer, "certificateChain"), field="certificateChain")
+        first = split_pem(_text(answer, "vcekCert").encode(), field="vcekCert")
+        rest = split_pem(_text(answer, "certificateChain").encode(), field="certificateChain")
     except (DeviceFault, Malformed):
         return {}
-    return {"vek": first.der[0], "authorities": rest.pem}
+    return {"vek": first[0], "authorities": join_pem(rest)}
 
 
 async def _td_quote(settings: Attestation, report: HclReport) -> bytes:

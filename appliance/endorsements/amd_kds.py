@@ -35,6 +35,7 @@ from appliance.rats.revocation import (
     parse_crl,
 )
 from appliance.rats.schemes.sev_snp import load_vek, split_vek_pem
+from appliance.wire.pem import MAX_CERTIFICATE_BYTES, MAX_PEM_BYTES
 
 KeyKind: TypeAlias = Literal["vcek", "vlek"]
 
@@ -192,7 +193,7 @@ class AmdSource:
             der = await self._get(
                 f"{self._url}/vcek/v1/{chip.product}/{hwid}?{query}",
                 what=f"VCEK of a {chip.product}",
-                max_bytes=chain.MAX_CERTIFICATE_BYTES,
+                max_bytes=MAX_CERTIFICATE_BYTES,
             )
             try:
                 vek = await self._authenticate(der)
@@ -261,7 +262,7 @@ class AmdSource:
         body = await self._get(
             f"{imds_url.rstrip('/')}/metadata/THIM/amd/certification",
             what=what,
-            max_bytes=chain.MAX_CERTIFICATES * chain.MAX_CERTIFICATE_BYTES,
+            max_bytes=MAX_PEM_BYTES,
             headers={"Metadata": "true"},
         )
         try:
@@ -293,7 +294,7 @@ class AmdSource:
         pem = await self._get(
             f"{self._url}/{kind}/v1/{line.product}/cert_chain",
             what=f"issuer of a {line.product}'s {kind.upper()}",
-            max_bytes=chain.MAX_CERTIFICATES * chain.MAX_CERTIFICATE_BYTES,
+            max_bytes=MAX_PEM_BYTES,
         )
         issuer = chain.parse_pem_chain(pem, field="cert_chain")[0]
         found = await self._under_root(vek, issuer, line, kind)

@@ -1,8 +1,8 @@
 """X.509 paths to a pinned root, at a given time.
 
 RFC 5280 section 6.1, narrowed to what attestation chains are: the path is given in order, leaf
-first, nobody searches for another one; the root is the pinned one, whatever was presented in its
-place; names must chain; every issuer is a CA whose path length allows its place. Revocation is
+first, nobody searches for another one; the root is the pinned one, and no other may be presented in
+its place; names must chain; every issuer is a CA whose path length allows its place. Revocation is
 asked elsewhere (`rats.revocation`), name constraints do not occur, and an extended key usage is
 held to the purpose that the caller names.
 """
@@ -21,13 +21,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from appliance.errors import Malformed, Stale, Unauthentic
+from appliance.wire.pem import MAX_CERTIFICATE_BYTES, MAX_CERTIFICATES, split_pem
 
 _E = TypeVar("_E", bound=x509.ExtensionType)
-
-MAX_CERTIFICATES = 16
-"""Of one chain; NVIDIA's have five, AMD's three."""
-
-MAX_CERTIFICATE_BYTES = 64 << 10
 
 KNOWN_CRITICAL = frozenset({x509.BasicConstraints.oid, x509.KeyUsage.oid})
 """Extensions that may be critical, because this module or its caller reads them (RFC 5280 4.2). An
@@ -51,19 +47,10 @@ def parse_pem_chain(pem: bytes, *, field: str) -> tuple[x509.Certificate, ...]:
     """The certificates of a PEM text, in its order. None of them is trustworthy yet.
 
     Raises:
-        Malformed: no certificate, too many, too large, or one that does not parse.
+        Malformed: no certificate, too many, too large, one that does not parse, or something else
+            beside them.
     """
-    count = pem.count(b"-----BEGIN CERTIFICATE-----")
-    if not 0 < count <= MAX_CERTIFICATES:
-        raise Malformed(
-            f"{field}: expected 1 to {MAX_CERTIFICATES} certificates, got {count}", field=field
-        )
-    if len(pem) > MAX_CERTIFICATES * MAX_CERTIFICATE_BYTES:
-        raise Malformed(f"{field}: expected at most 1 MiB of certificates", field=field)
-    try:
-        return tuple(_read_whole(one) for one in x509.load_pem_x509_certificates(pem))
-    except UNREADABLE:
-        raise Malformed(f"{field}: expected PEM certificates", field=field) from None
+    return tuple(parse_der_certificate(one, field=field) for one in split_pem(pem, field=field))
 
 
 def parse_der_certificate(der: bytes, *, field: str) -> x509.Certificate:
@@ -75,9 +62,14 @@ def parse_der_certificate(der: bytes, *, field: str) -> x509.Certificate:
     if len(der) > MAX_CERTIFICATE_BYTES:
         raise Malformed(f"{field}: expected at most 64 KiB", field=field)
     try:
-        return _read_whole(x509.load_der_x509_certificate(der))
+        certificate = _read_whole(x509.load_der_x509_certificate(der))
     except UNREADABLE:
         raise Malformed(f"{field}: expected a DER certificate", field=field) from None
+    # It ends with its signature, a BIT STRING of whole bytes. How many bits of the last one are
+    # unused (X.690 section 8.6.2.2) nobody signs and `cryptography` does not look at.
+    if not der.endswith(b"\0" + certificate.signature):
+        raise Malformed(f"{field}: expected a signature of whole bytes", field=field)
+    return certificate
 
 
 def authenticate_path(
@@ -91,8 +83,8 @@ def authenticate_path(
     """Check a path and return it, leaf first, ending with the pinned root.
 
     Args:
-        presented: leaf first, each issued by the next; the root may be left out. A presented
-            self-signed last certificate counts for nothing: the pinned root of its name stands in.
+        presented: leaf first, each issued by the next; the root may be left out. A self-signed
+            last certificate must be a pinned one: evidence has no part that may say anything.
         roots: the pinned ones; trusted without their own signature, held to their validity.
         at: timezone-aware.
         what: whose chain, for messages.
@@ -102,18 +94,21 @@ def authenticate_path(
 
     Raises:
         Malformed: an extension that does not parse.
-        Unauthentic: no pinned root, a bad signature, a name that does not chain, an issuer that
+        Unauthentic: no pinned root or another than it, a bad signature, a name that does not chain, an issuer that
             is no CA or too far up, a leaf for another purpose, a critical extension nobody here
             knows.
         Stale: `at` is outside the validity of one of them.
     """
     if not 0 < len(presented) <= MAX_CERTIFICATES:
         raise Unauthentic(f"{what}: expected 1 to {MAX_CERTIFICATES} certificates")
-    # 1. The pinned root in place of the presented one.
-    below = list(presented)
+    # 1. The pinned root, presented or not.
+    below, candidates = list(presented), list(roots)
     if len(below) > 1 and below[-1].subject == below[-1].issuer:
-        below.pop()
-    candidates = [root for root in roots if root.subject == below[-1].issuer]
+        shown = below.pop()
+        candidates = [root for root in candidates if root == shown]
+        if not candidates:
+            raise Unauthentic(f"{what}: expected the pinned root, got {_name(shown)}, another one")
+    candidates = [root for root in candidates if root.subject == below[-1].issuer]
     if not candidates:
         got = below[-1].issuer.rfc4514_string()
         raise Unauthentic(f"{what}: expected an issuer that is pinned, got {got}")

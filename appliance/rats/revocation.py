@@ -37,13 +37,13 @@ from appliance.errors import (
     Unbound,
 )
 from appliance.rats.chain import (
-    MAX_CERTIFICATES,
     UNREADABLE,
     authenticate_path,
     der_of,
     parse_der_certificate,
 )
 from appliance.rats.result import Finding, Tier
+from appliance.wire.pem import MAX_CERTIFICATES
 
 MAX_OCSP_BYTES = 64 << 10
 """Of one response; NVIDIA's have some 2 KiB."""

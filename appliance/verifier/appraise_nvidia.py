@@ -36,11 +36,12 @@ from appliance.rats.schemes.nvidia_gpu import (
     authenticate,
     authenticate_rim_even_if_expired,
 )
-from appliance.verifier.raw_evidence import PEM_BEGIN, decode, join_pem, split_certificates
+from appliance.verifier.raw_evidence import PEM_BEGIN, decode, split_certificates
 from appliance.verifier.verdict import Outcome, of_error, of_parts, of_result
 from appliance.wire.azure_json import decode_any_base64
 from appliance.wire.canonical import JsonObject, JsonValue, parse_json, parse_json_object
 from appliance.wire.evidence import GpuEvidence
+from appliance.wire.pem import join_pem
 
 NONCE_BYTES = 32
 MAX_DEVICES = 64

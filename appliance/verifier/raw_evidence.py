@@ -6,14 +6,13 @@ what would parse (`decode`), so that one file means one thing to whoever checks 
 
 from __future__ import annotations
 
-import base64
 import datetime
 import re
 from pathlib import Path
 
 from appliance.errors import Malformed, VerificationIncomplete
-from appliance.rats.chain import MAX_CERTIFICATE_BYTES, MAX_CERTIFICATES
-from appliance.wire.azure_json import decode_any_base64, split_pem
+from appliance.wire.azure_json import decode_any_base64
+from appliance.wire.pem import MAX_CERTIFICATE_BYTES, MAX_CERTIFICATES, split_pem
 
 MAX_FILE_BYTES = 16 << 20
 
@@ -84,7 +83,7 @@ def split_certificates(data: bytes, *, field: str) -> tuple[bytes, ...]:
     """
     decoded = decode(data, field=field)
     if PEM_BEGIN in decoded:
-        return split_pem(decoded.decode("ascii", "replace"), field=field).der
+        return split_pem(decoded, field=field)
     found: list[bytes] = []
     rest = decoded
     while rest or not found:
@@ -96,14 +95,6 @@ def split_certificates(data: bytes, *, field: str) -> tuple[bytes, ...]:
         found.append(rest[:length])
         rest = rest[length:]
     return tuple(found)
-
-
-def join_pem(certificates: tuple[bytes, ...]) -> bytes:
-    """DER certificates as one PEM text."""
-    return b"".join(
-        b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
-        for der in certificates
-    )
 
 
 def parse_hex(text: str, *, option: str, lengths: range | tuple[int, ...]) -> bytes:

@@ -1,9 +1,11 @@
 """Azure's HCL report: a hardware report and what the paravisor says, as vTPM NV index 0x01400001.
 
-Source: Microsoft, "Azure confidential VMs: guest attestation design", attestation report format.
-Little-endian:
+Sources: Microsoft, "Azure confidential VMs: guest attestation design", attestation report format,
+and the paravisor's own declarations (OpenHCL, `openhcl_attestation_protocol::igvm_attest::get`,
+`IgvmAttestRequestHeader` and `IgvmAttestRequestData`). Little-endian:
 
-       0  "HCLA", version (1 or 2), size of what is used, request type, status, 12 reserved
+       0  "HCLA", version (1 or 2), size of what is used, request type 2 (the paravisor made it to
+          have its attestation key certified), status 0, 12 reserved
       32  1184 bytes: an SEV-SNP ATTESTATION_REPORT, or a TDREPORT (1024) and zeros
     1216  size of this header and the claims, version (1), report type (2 SEV-SNP, 4 TDX),
           hash type (1 SHA-256, 2 SHA-384, 3 SHA-512), size of the claims
@@ -29,9 +31,9 @@ from appliance.errors import Malformed
 from appliance.wire.canonical import JsonObject, JsonValue, parse_json_object
 from appliance.wire.cursor import Cursor
 from appliance.wire.encoding import decode_base64
+from appliance.wire.tdx import TD_REPORT_BYTES
 
 HARDWARE_REPORT_BYTES = 1184
-TD_REPORT_BYTES = 1024
 REPORT_DATA_BYTES = 64
 MAX_REPORT_BYTES = 64 << 10
 MAX_CLAIMS_BYTES = 32 << 10
@@ -39,6 +41,8 @@ MAX_KEYS = 8
 RSA_BYTES = (256, 384, 512)
 
 Kind = Literal["sev_snp", "tdx"]
+
+_AK_CERT_REQUEST = 2
 
 _KINDS: dict[int, Kind] = {2: "sev_snp", 4: "tdx"}
 _HASHES = {1: "sha256", 2: "sha384", 3: "sha512"}
@@ -104,7 +108,10 @@ def parse_hcl_report(data: bytes) -> HclReport:
     if version not in {1, 2}:
         raise cursor.malformed(f"expected version 1 or 2, got {version}", "hcl.version")
     used = cursor.unsigned(4, "hcl.size")
-    cursor.take(_HEADER_BYTES - 12, "hcl.header")  # request type, status, reserved: Azure's own
+    request = cursor.unsigned(4, "hcl.request_type")
+    if request != _AK_CERT_REQUEST:
+        raise cursor.malformed(f"expected 2 (AK certificate), got {request}", "hcl.request_type")
+    cursor.zeros(_HEADER_BYTES - cursor.offset, "hcl.status")  # and what is reserved
     # 2. The hardware report.
     report = cursor.take(HARDWARE_REPORT_BYTES, "hcl.hardware_report")
     # 3. What the paravisor says.

@@ -17,58 +17,23 @@ file has a revocation list or an event log. Nothing here is trustworthy.
 
 from __future__ import annotations
 
-import base64
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
 
 from appliance.errors import Malformed
 from appliance.wire.canonical import JsonObject, JsonValue, parse_json_object
 from appliance.wire.encoding import decode_base64
 from appliance.wire.evidence import MAX_PART_BYTES, CpuEvidence, parse_cpu_evidence
+from appliance.wire.pem import join_pem, split_pem
 from appliance.wire.tpm import PCRS, Quote, parse_quote
 
 MAX_FILE_BYTES = 8 << 20
 MAX_NESTING = 6
 MAX_QUOTE_BYTES = 4096
 PCR_BYTES = 32
-MAX_CERTIFICATES = 16
-MAX_CERTIFICATE_BYTES = 64 << 10
 PLATFORMS = ("az-snp", "az-tdx")
 VERSIONS = (1, 2)
 
 _HEX = re.compile(r"(?:[0-9a-fA-F]{2})*\Z")
-_PEM = re.compile(
-    r"-----BEGIN CERTIFICATE-----\s([A-Za-z0-9+/=\s]{1,100000}?)-----END CERTIFICATE-----"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Certificates:
-    """Of one PEM text, in its order, as they stand there: nothing in them was looked at.
-
-    Attributes:
-        der: at least one. pem: all of them again, and nothing between them.
-    """
-
-    der: tuple[bytes, ...]
-    pem: bytes
-
-
-def split_pem(text: str, *, field: str) -> Certificates:
-    """The certificates of a PEM text.
-
-    Raises:
-        Malformed: none, more than 16, or one that is not base64.
-    """
-    found = _PEM.findall(text)
-    if not 0 < len(found) <= MAX_CERTIFICATES:
-        raise Malformed(f"{field}: expected PEM certificates", field=field)
-    der = tuple(
-        decode_base64("".join(body.split()), field=field, max_bytes=MAX_CERTIFICATE_BYTES)
-        for body in found
-    )
-    return Certificates(der, _join(der))
 
 
 def decode_any_base64(text: str, *, field: str) -> bytes:
@@ -150,22 +115,13 @@ def _selected(value: JsonValue, quote: Quote) -> bytes:
 def _certificates(value: JsonValue) -> dict[str, bytes]:
     """`vek`, and `authorities` where more than one certificate is there."""
     if isinstance(value, str) and "-----BEGIN" in value:
-        text = value
+        data = value.encode("utf-8")
     else:
         data = _base64(value, "vcek")
         if not data.lstrip().startswith(b"-----BEGIN"):
             return {"vek": data}
-        text = data.decode("ascii", "replace")
-    found = split_pem(text, field="vcek")
-    authorities = _join(found.der[1:])
-    return {"vek": found.der[0]} | ({"authorities": authorities} if authorities else {})
-
-
-def _join(certificates: Iterable[bytes]) -> bytes:
-    return b"".join(
-        b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
-        for der in certificates
-    )
+    own, *others = split_pem(data, field="vcek")
+    return {"vek": own} | ({"authorities": join_pem(others)} if others else {})
 
 
 def _hex(value: JsonValue, field: str, most: int) -> bytes:

@@ -165,6 +165,7 @@ def parse_rim(document: bytes) -> SignedRim:
     # 2. The signature's parts, and the bytes that it is over, while it is still in its place:
     #    canonical XML writes the namespaces that are in scope there.
     signature = _only_signature(root)
+    _check_bare(signature)
     info, value, key_info = _children(signature, "SignedInfo", "SignatureValue", "KeyInfo")
     digest_algorithm, digest = _parse_signed_info(info)
     signed_info = _canonical(info)
@@ -283,7 +284,9 @@ def _parse_signed_info(info: Element) -> tuple[str, bytes]:
 
 
 def _parse_key_info(key_info: Element) -> tuple[bytes, ...]:
+    _check_bare(key_info)
     (data,) = _children(key_info, "X509Data")
+    _check_bare(data)
     certificates = list(data)
     if not 0 < len(certificates) <= MAX_CERTIFICATES:
         raise Malformed(
@@ -302,6 +305,14 @@ def _children(parent: Element, *names: str) -> list[Element]:
     return children
 
 
+def _check_bare(element: Element) -> None:
+    """Of what the signature does not cover, nothing may say anything: no attributes, no text."""
+    texts = (element.text, *(child.tail for child in element))
+    if element.attrib or any((text or "").translate(_WHITESPACE) for text in texts):
+        own = _local(element)
+        raise Malformed(f"{own}: expected its elements and nothing else", field=own)
+
+
 def _check_algorithm(element: Element, expected: str) -> None:
     if dict(element.attrib) != {"Algorithm": expected} or len(element):
         own = _local(element)
@@ -316,7 +327,8 @@ def _base64(element: Element, length: int | None) -> bytes:
         data = b64decode(text.encode("ascii"), validate=True)
     except (binascii.Error, ValueError):
         raise Malformed(f"{own}: expected base64", field=own) from None
-    if len(element) or encode_base64(data) != text or len(data) != (length or len(data)):
+    bare = not element.attrib and not len(element)
+    if not bare or encode_base64(data) != text or len(data) != (length or len(data)):
         raise Malformed(f"{own}: expected {length or 'some'} bytes of base64", field=own)
     return data
 

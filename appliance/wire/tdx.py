@@ -1,8 +1,8 @@
 """Intel TDX quotes: bytes to frozen values.
 
 Sources: Intel TDX DCAP Quoting Library API, quote formats 4 and 5; Intel SGX ECDSA
-QuoteLibReference, quote format 3; Intel TDX Module ABI Specification, ATTRIBUTES. Integers are
-little-endian.
+QuoteLibReference, quote format 3; Intel TDX Module ABI Specification, ATTRIBUTES and
+TDREPORT_STRUCT. Integers are little-endian.
 
 Three formats are read: 3 (SGX only), 4 (SGX, TD 1.0) and 5 (SGX, TD 1.0, TD 1.5). A quote is a
 header, a body that the attestation key signs together with the header, and the signature data:
@@ -18,6 +18,7 @@ Nothing here is trustworthy before `rats.schemes.tdx` has had it verified.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields
 from enum import IntFlag
 
@@ -34,6 +35,11 @@ TEE_TDX = 0x00000081
 QE_REPORT_CERTIFICATION_DATA = 6
 """The type of certification data that holds the quoting enclave's report."""
 
+TD_REPORT_BYTES = 1024
+LAST_TD_REPORT_VERSION = 1
+"""Of REPORTTYPE: 0 is TD 1.0's, 1 is TD 1.5's."""
+
+_TCB_INFO_BYTES, _TD_INFO_BYTES = 239, 512
 _SGX_BODY_BYTES = 384
 _BODY_SGX, _BODY_TD10, _BODY_TD15 = 1, 2, 3
 _BODY_BYTES = {_BODY_SGX: _SGX_BODY_BYTES, _BODY_TD10: 584, _BODY_TD15: 648}
@@ -198,6 +204,45 @@ def parse_quote(data: bytes) -> Quote:
     raw, padding = data[: cursor.offset], cursor.remaining
     cursor.zeros(padding, "padding")
     return Quote(raw, padding, header, body, signature)
+
+
+def parse_td_report(data: bytes) -> TdReport:
+    """Read a TDREPORT_STRUCT, which a TD gets from its module and has a quote made of: as a quote
+    says it, TD 1.5's fields too.
+
+    What it is worth is the quote's to say: only the machine that made it can check its MAC, and
+    of that and of the machine's CPUSVN nothing is read.
+
+    Raises:
+        Malformed: another length, type or version, a reserved byte that is not zero, or a part
+            that has not the digest that stands beside it.
+    """
+    cursor = Cursor(data, "little")
+    # 1. REPORTMACSTRUCT.
+    cursor.expect(bytes((TEE_TDX, 0)), "report_type")
+    version = cursor.unsigned(1, "report_version")
+    if version > LAST_TD_REPORT_VERSION:
+        raise _at(2, "report_version", f"expected 0 or 1, got {version}")
+    cursor.zeros(1 + 12, "reserved")
+    cursor.take(16, "cpu_svn")
+    tcb_info_hash = cursor.take(48, "tee_tcb_info_hash")
+    td_info_hash = cursor.take(48, "tee_info_hash")
+    report_data = cursor.take(64, "report_data")
+    cursor.zeros(32, "reserved")
+    cursor.take(32, "mac")
+    # 2. TEE_TCB_INFO and TDINFO_STRUCT, whose digests the MAC is over.
+    at = cursor.offset
+    tcb_info = cursor.take(_TCB_INFO_BYTES, "tee_tcb_info")
+    cursor.zeros(17, "reserved")
+    td_info = cursor.take(_TD_INFO_BYTES, "td_info")
+    cursor.end("td_report")
+    if hashlib.sha384(tcb_info).digest() != tcb_info_hash:
+        raise _at(at, "tee_tcb_info", "expected the digest beside it")
+    if hashlib.sha384(td_info).digest() != td_info_hash:
+        raise _at(at, "td_info", "expected the digest beside it")
+    # 3. In the order of a quote: module, TD, report data, then what TD 1.5 adds to the first two.
+    body = tcb_info[8:128] + td_info[:400] + report_data + tcb_info[128:144] + td_info[400:448]
+    return _td_report(Cursor(body, "little"), _BODY_TD15)
 
 
 def _header(cursor: Cursor) -> QuoteHeader:

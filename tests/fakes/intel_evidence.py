@@ -195,6 +195,17 @@ class Platform:
         values |= self.body
         return b"".join(values.values())
 
+    def td_report(self) -> bytes:
+        """The TDREPORT that the quote is made of; a TD 1.0's."""
+        body = self.report()
+        module, td, report_data = body[:120], body[120:520], body[520:584]
+        tcb_info = (bytes.fromhex("ff01030000000000") + module).ljust(239, b"\0")
+        td_info = td.ljust(512, b"\0")
+        digests = b"".join(hashlib.sha384(one).digest() for one in (tcb_info, td_info))
+        mac = hashlib.sha256(b"mac" + body).digest()
+        head = b"\x81" + bytes(15) + b"v" * 16 + digests + report_data + bytes(32) + mac
+        return head + tcb_info + bytes(17) + td_info
+
     def signed(self) -> bytes:
         header = struct.pack("<HHIHH", self.version, 2, 0x81, 5, 6) + INTEL_VENDOR_ID + b"u" * 20
         body = self.report()

@@ -36,7 +36,7 @@ from appliance.wire import openai as openai_wire
 from appliance.wire import sev_snp as sev_snp_wire
 from appliance.wire import tpm as tpm_wire
 from appliance.wire.azure_hcl import parse_hcl_report
-from appliance.wire.azure_json import decode_any_base64, parse_azure_json, split_pem
+from appliance.wire.azure_json import decode_any_base64, parse_azure_json
 from appliance.wire.canonical import JsonObject, canonical_json, parse_json, parse_json_object
 from appliance.wire.certificate_table import parse_certificate_table
 from appliance.wire.checkpoint import (
@@ -62,6 +62,7 @@ from appliance.wire.output import (
     output_of_answer,
     output_of_stream,
 )
+from appliance.wire.pem import split_pem
 from appliance.wire.receipt import (
     Ended,
     EngineUsed,
@@ -371,7 +372,7 @@ def azure_json(data: bytes) -> None:
 
 @harness(part("chain", "nvidia_gpu_good"))
 def azure_pem(data: bytes) -> None:
-    split_pem(data.decode("utf-8", "replace"), field="x")
+    split_pem(data, field="x")
 
 
 INCLUSION = {

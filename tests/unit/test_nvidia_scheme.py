@@ -8,7 +8,7 @@ import datetime
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -154,9 +154,13 @@ def test_another_root_of_the_same_name_is_not_trusted() -> None:
         authenticate(GPU.evidence(), root=(forged_root.certificate,), at=AT, nonce=NONCE)
     with pytest.raises(Unauthentic, match="pinned"):
         authenticate(GPU.evidence(), root=(), at=AT, nonce=NONCE)
-    # The chain's own copy of a root counts for nothing, so replacing it changes nothing.
-    pem = GPU.pem.replace(GPU.root.pem, forged_root.pem)
-    assert believe(GPU.evidence(pem=pem)).path[-1] == GPU.root.certificate
+    # The chain's own copy may say nothing of its own, not even where it is not needed.
+    reissued = fake.issue("device root", None, until=fake.UNTIL + datetime.timedelta(days=9))
+    assert reissued.certificate.public_key() == GPU.root.certificate.public_key()
+    for copy in (forged_root, reissued):
+        pem = GPU.pem.replace(GPU.root.pem, copy.pem)
+        with pytest.raises(Unauthentic, match="another one"):
+            believe(GPU.evidence(pem=pem))
     without = GPU.pem.replace(GPU.root.pem, b"")
     assert believe(GPU.evidence(pem=without)).path[-1] == GPU.root.certificate
     assert stranger.device.certificate != GPU.device.certificate
@@ -672,6 +676,64 @@ def test_an_h100_with_nvidias_reference_values_is_affirmed_without_findings() ->
         "NV_GPU_VBIOS_1010_0210_886_96009F0004",
     ]
     canonical_json(result.to_json())
+
+
+def accepted(variants: Iterable[tuple[int, bytes]], judge: Callable[[bytes], object]) -> list[int]:
+    """Where a file was changed without anything being said about it."""
+    found = []
+    for place, data in variants:
+        try:
+            judge(data)
+        except (Malformed, EvidenceError):
+            continue
+        found.append(place)
+    return found
+
+
+def flips(data: bytes, places: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """With one bit of each of these bytes flipped; which one is drawn."""
+    rng = random.Random(len(data))
+    for place in places:
+        yield place, data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
+
+
+def cuts(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Cut off before each of its bytes."""
+    return ((place, data[:place]) for place in range(len(data)))
+
+
+def believe_h100(chain: bytes) -> NvidiaGpuClaims:
+    evidence = GpuEvidence("nvidia_gpu", h100().report, chain)
+    return authenticate(evidence, root=DEVICE_ROOT, at=NOW, nonce=None)
+
+
+@needs_vectors
+@pytest.mark.filterwarnings("ignore:Attribute's length", "ignore:Parsed a serial number")
+def test_no_byte_of_an_h100s_chain_may_be_changed_or_missing() -> None:
+    chain_pem = h100().certificate_chain
+    assert accepted(flips(chain_pem, range(len(chain_pem))), believe_h100) == []
+    # The root may be left out, which is pinned, and so may a last line's end: four certificates
+    # with and without it, five without.
+    below = chain_pem.rindex(b"-----BEGIN")
+    assert accepted(cuts(chain_pem), believe_h100) == [below - 1, below, len(chain_pem) - 1]
+
+
+@needs_vectors
+@pytest.mark.filterwarnings("ignore:Attribute's length", "ignore:Parsed a serial number")
+def test_no_byte_of_a_manifest_may_be_changed_or_missing() -> None:
+    document = (H100 / "NV_GPU_DRIVER_GH100_595.71.05.xml").read_bytes()
+
+    def judge(changed: bytes) -> None:
+        authenticate_rim_even_if_expired(changed, root=RIM_ROOT, at=NOW)
+
+    # All of what the signature does not cover, and some of what it covers.
+    unsigned = document.index(b"</ds:SignedInfo>")
+    places = [*range(0, unsigned, 41), *range(unsigned, len(document))]
+    assert accepted(flips(document, places), judge) == []
+    # White space behind the root element is outside of every canonical form.
+    assert document.endswith(b">\n")
+    assert accepted(list(cuts(document))[unsigned::7], judge) == []
+    assert accepted(list(cuts(document))[-40:], judge) == [len(document) - 1]
 
 
 @needs_vectors

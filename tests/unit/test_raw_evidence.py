@@ -25,7 +25,6 @@ from appliance.rats.result import AttestationResult, Finding, Tier, conclude
 from appliance.verifier.raw_evidence import (
     MAX_FILE_BYTES,
     decode,
-    join_pem,
     parse_hex,
     parse_time,
     read_file,
@@ -34,6 +33,7 @@ from appliance.verifier.raw_evidence import (
 from appliance.verifier.render import render
 from appliance.verifier.verdict import Outcome, of_error, of_parts, of_result
 from appliance.wire.canonical import JsonObject
+from appliance.wire.pem import join_pem
 from tests.fakes import nvidia_evidence as fake
 
 DER = tuple(
@@ -120,7 +120,7 @@ def test_certificates_come_in_every_form_and_keep_their_order(form: str) -> None
     der, pem = b"".join(DER), join_pem(DER)
     file = {
         "der": der,
-        "pem": b"leaf first\n" + pem,
+        "pem": b"\n" + pem + b"\n",
         "crlf": pem.replace(b"\n", b"\r\n"),
         "hex": der.hex().encode(),
         "base64": base64.encodebytes(der),
@@ -145,6 +145,11 @@ def test_certificates_come_in_every_form_and_keep_their_order(form: str) -> None
         b"\x30\x01\x00" * 17,
         b"-----BEGIN CERTIFICATE-----\n",
         b"-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n",
+        b"leaf first\n" + join_pem(DER),
+        join_pem(DER) + b"-",
+        join_pem(DER)[:-2],
+        join_pem(DER).replace(b"\n", b"\v", 2),
+        join_pem(DER).replace(b"-----\n", b"----- \n"),
         b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
     ],
 )

@@ -32,6 +32,8 @@ from appliance.wire.azure_hcl import parse_hcl_report
 from appliance.wire.azure_json import parse_azure_json
 from appliance.wire.event_log import parse_event_log, replay
 from appliance.wire.evidence import CpuEvidence
+from appliance.wire.tdx import TdReport, parse_td_report
+from appliance.wire.tdx import parse_quote as parse_td_quote
 from tests.fakes.amd_evidence import NOW, Guest, revocation_list, rsa_key
 from tests.fakes.authority import DAY, Authority, name, pem
 from tests.fakes.azure_evidence import AzureGuest, hcl_report, quote_message, runtime_claims
@@ -507,13 +509,14 @@ def test_what_is_missing_is_named() -> None:
         azure(stranger.evidence())
 
 
-def td_machine(report_data: bytes | None = None) -> tuple[CpuEvidence, Anchors]:
+def td_machine(report_data: bytes | None = None, **body: bytes) -> tuple[CpuEvidence, Anchors]:
     """An Azure VM on TDX: the paravisor's statement, and a TD quote about it or something else."""
     claims = runtime_claims(AK.public_key())
     bound = hashlib.sha256(claims).digest().ljust(64, b"\0")
-    platform = Platform(body={"report_data": report_data or bound})
+    own = Platform(body={"report_data": bound})
+    platform = own.but(body={"report_data": report_data or bound, **body})
     evidence = GUEST.evidence(
-        hcl_report=hcl_report(b"\x81" + bytes(1023), claims, report_type=4),
+        hcl_report=hcl_report(own.td_report(), claims, report_type=4),
         td_quote=platform.quote(),
     )
     evidence = replace(evidence, endorsements={"collateral": platform.collateral()})
@@ -543,6 +546,22 @@ def test_a_td_quote_about_other_claims_is_refused() -> None:
     evidence, anchors = td_machine(report_data=b"x" * 64)
     with pytest.raises(Unbound, match="hash"):
         azure(evidence, anchors)
+
+
+@pytest.mark.parametrize("name", ["tee_tcb_svn", "mr_td", "rt_mr2", "mr_owner_config"])
+def test_a_td_quote_of_another_td_report_is_refused(name: str) -> None:
+    length = 16 if name == "tee_tcb_svn" else 48
+    evidence, anchors = td_machine(**{name: bytes([3, 0, *[3] * (length - 3), 4])})
+    with pytest.raises(Unbound, match=f"{name} of the TD quote"):
+        azure(evidence, anchors)
+
+
+@needs_vectors
+def test_a_real_td_report_says_what_its_quote_says() -> None:
+    told = parse_hcl_report((AZURE / "trustee_tdx_hcl-report.bin").read_bytes()).td_report
+    quoted = parse_td_quote((AZURE / "trustee_tdx_td-quote.bin").read_bytes()).body
+    assert isinstance(quoted, TdReport)
+    assert quoted.items().items() <= parse_td_report(told).items().items()
 
 
 @needs_vectors
@@ -626,8 +645,8 @@ def test_a_flipped_bit_never_affirms() -> None:
             claims = azure(replace(evidence, parts={**evidence.parts, name: bytes(part)}))
         except (Malformed, EvidenceError):
             continue
-        # What is left says nothing: Azure's own header bytes, comments in the log.
-        assert name in {"hcl_report", "event_log"}
+        # What is left says nothing: comments in the log.
+        assert name == "event_log"
         assert claims.measurements == azure(evidence).measurements
         passed += 1
     assert passed < 200
@@ -659,10 +678,6 @@ def test_a_flipped_bit_of_real_evidence_is_refused(path: Path) -> None:
         name = source.choice(["hcl_report", "quote", "signature", "pcrs"])
         part = bytearray(evidence.parts[name])
         at = source.randrange(8 * len(part))
-        if name == "hcl_report" and 12 <= at // 8 < 32:
-            continue  # Azure's own: request type, status, reserved
-        if name == "hcl_report" and at // 8 in range(32 + 0x2A0 + 144, 32 + 1184):
-            continue  # behind the hardware report's signature
         part[at // 8] ^= 1 << at % 8
         with pytest.raises((Malformed, EvidenceError)):
             azure_vtpm.authenticate(
@@ -670,6 +685,44 @@ def test_a_flipped_bit_of_real_evidence_is_refused(path: Path) -> None:
                 anchors=anchors,
                 at=VECTORS_AT,
             )
+
+
+def accepted(evidence: CpuEvidence, anchors: Anchors, at: datetime.datetime) -> list[int]:
+    """The bytes of the HCL report of which a bit may be flipped, drawn of each, and the lengths to
+    which it may be cut."""
+    report, source, found = evidence.parts["hcl_report"], random.Random(8), []
+    flips = [
+        report[:place] + bytes([report[place] ^ 1 << source.randrange(8)]) + report[place + 1 :]
+        for place in range(len(report))
+    ]
+    cuts = [report[:length] for length in range(len(report))]
+    for place, changed in enumerate([*flips, *cuts]):
+        other = replace(evidence, parts={**evidence.parts, "hcl_report": changed})
+        try:
+            azure_vtpm.authenticate(other, anchors=anchors, at=at)
+        except (Malformed, EvidenceError):
+            continue
+        found.append(place % len(report))
+    return found
+
+
+@needs_vectors
+def test_no_byte_of_a_real_hcl_report_may_be_changed_or_missing() -> None:
+    evidence = parse_azure_json((AZURE / "trustee_snp_evidence-v2.json").read_bytes())
+    report = evidence.parts["hcl_report"]
+    used = int.from_bytes(report[8:12], "little")
+    # The NV index is padded with zeros: they may be missing, and may not be anything else.
+    assert not any(report[used:])
+    assert accepted(evidence, load_anchors(), VECTORS_AT) == [*range(used, len(report))]
+
+
+def test_of_a_tdx_machines_hcl_report_only_what_the_machine_alone_could_check_is_free() -> None:
+    evidence, anchors = td_machine()
+    cpu_svn, mac = range(32 + 16, 32 + 32), range(32 + 224, 32 + 256)
+    version = [32 + 2]  # of a TD 1.0 as of a TD 1.5, whose fields are zeros in the former
+    free = accepted(evidence, anchors, NOW)
+    assert set(free) <= {*cpu_svn, *mac, *version}
+    assert {*cpu_svn, *mac} <= set(free)
 
 
 def _bincode(data: bytes) -> tuple[bytes, bytes, dict[int, bytes]]:

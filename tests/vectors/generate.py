@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -335,10 +336,28 @@ def gpu_certificates(good: bytes) -> Iterator[Case]:
         roots=GPU.roots,
     )
     yield gpu(
-        "good_other_copy_of_root",
-        "The chain ends in a forged copy of the root; only the pinned one counts, and it fits.",
-        AFFIRMING,
+        "other_copy_of_root",
+        "The chain ends in a forged copy of the root, though the pinned one would fit.",
+        error="unauthentic",
         chain=GPU.pem.replace(GPU.root.pem, forged_root("device root").pem),
+    )
+    yield gpu(
+        "good_without_root",
+        "The chain ends below the root, which is pinned anyway.",
+        AFFIRMING,
+        chain=GPU.pem.replace(GPU.root.pem, b""),
+    )
+    yield gpu(
+        "chain_cut",
+        "The chain breaks off within the root's certificate.",
+        error="malformed",
+        chain=GPU.pem[:-40],
+    )
+    yield gpu(
+        "chain_with_text",
+        "There is text between the certificates.",
+        error="malformed",
+        chain=GPU.pem.replace(GPU.device.pem, b"device:\n" + GPU.device.pem),
     )
     short = nvidia.make_device(until=AT - DAY)
     yield gpu("expired", "The leaf has expired.", error="stale", device=short)
@@ -491,11 +510,13 @@ def rim_cases() -> Iterator[Case]:
             rim_roots=[*SIGNER.roots, *expired.roots],
             policy=policy,
         )
+    later = nvidia.make_rim_authority(since=AT + DAY)
     yield gpu(
         "rim_not_yet_valid",
         "The signer of the manifest is not valid yet.",
         error="stale",
-        rims=[driver_rim(nvidia.make_rim_authority(since=AT + DAY)), vbios],
+        rims=[driver_rim(later), vbios],
+        rim_roots=[*SIGNER.roots, *later.roots],
     )
     older = SIGNER.sign(swid("550.90.07", DRIVER_INDICES))
     yield gpu(
@@ -1451,13 +1472,24 @@ def azure_vtpm(
 
 
 def azure_tdx(
-    name: str, comment: str, expect: Tier = CONTRAINDICATED, *, error: str = "", body: bytes = b""
+    name: str,
+    comment: str,
+    expect: Tier = CONTRAINDICATED,
+    *,
+    error: str = "",
+    body: bytes = b"",
+    own: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Case:
-    """A case on TDX: the paravisor's statement, and a TD quote about it or something else."""
+    """A case on TDX: the paravisor's statement, and a TD quote about it or something else.
+
+    Args:
+        own: what the machine's own TDREPORT says otherwise than the quote.
+    """
     claims = azure.runtime_claims(amd.rsa_key(AK).public_key())
     bound = hashlib.sha256(claims).digest().ljust(64, b"\0")
     platform = intel.Platform(body={"report_data": body or bound})
-    hcl = azure.hcl_report(b"\x81" + bytes(1023), claims, report_type=4)
+    report = intel.Platform(body={"report_data": bound, **own}).td_report()
+    hcl = azure.hcl_report(report, claims, report_type=4)
     evidence = MACHINE.evidence(event_log=LOG, hcl_report=hcl, td_quote=platform.quote())
     measurements = TD_REFERENCE | {"paravisor_measurement": TD_REFERENCE["mrtd"]}
     measurements.pop("mrtd")
@@ -1494,6 +1526,12 @@ def azure_cases() -> Iterator[Case]:
         "Intel's quote is about something else.",
         error="unbound",
         body=b"x" * 64,
+    )
+    yield azure_tdx(
+        "tdx_other_report",
+        "Intel's quote is of another TD with the same statement.",
+        error="unbound",
+        own={"mr_td": b"o" * 48},
     )
     claims = azure.runtime_claims(amd.rsa_key(AK).public_key())
     hardware = MACHINE.guest.but(report={0x50: bytes(64)}).raw_report()
@@ -1549,6 +1587,18 @@ def azure_cases() -> Iterator[Case]:
     report = azure_vtpm("good", "").one("hcl_report")
     yield azure_vtpm(
         "hcl_truncated", "The statement is cut off.", error="malformed", hcl_report=report[:1300]
+    )
+    yield azure_vtpm(
+        "hcl_request_type",
+        "The statement was made for something else than to certify its key.",
+        error="malformed",
+        hcl_report=report[:12] + b"\1" + report[13:],
+    )
+    yield azure_vtpm(
+        "hcl_status",
+        "The statement is one of a failure.",
+        error="malformed",
+        hcl_report=report[:16] + b"\1" + report[17:],
     )
     yield azure_vtpm(
         "hcl_trailing_byte",

@@ -6,8 +6,8 @@
 Between the VM and the hardware stands Microsoft's paravisor (the HCL), which runs the vTPM: its
 launch measurement is the hardware report's, and it is trusted to tell of the VM.
 
-Of a TDX machine the HCL report's own TDREPORT is not looked at: only that machine could check its
-MAC. The TD quote says the same under Intel's key, and must be about the same claims.
+Of a TDX machine the HCL report holds a TDREPORT, whose MAC only that machine could check. The TD
+quote says the same under Intel's key; both must say the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from appliance.rats.schemes.tpm2 import TpmClaims
 from appliance.wire.azure_hcl import HclReport, RuntimeClaims, parse_hcl_report
 from appliance.wire.canonical import JsonObject
 from appliance.wire.evidence import CpuEvidence
+from appliance.wire.tdx import parse_td_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ def authenticate(
         Malformed: a part that does not parse.
         Unauthentic, Revoked, Stale: as the hardware's scheme; also an endorsement that is missing,
             and a quote that HCLAkPub has not signed.
-        Unbound: the hardware report is about other claims, the PCR values are not those that were
+        Unbound: the hardware report is about other claims, a TD quote is of another TDREPORT than
+            the one that came with it, the PCR values are not those that were
             quoted, or the log does not give them.
     """
     hcl = parse_hcl_report(evidence.parts["hcl_report"])
@@ -97,9 +99,21 @@ def authenticate(
             f"azure_vtpm: hardware report data: expected the claims' hash {hcl.bound.hex()}, got "
             f"{hardware.report_data.hex()}"
         )
+    if isinstance(hardware, TdxClaims):
+        _check_same_td(hcl, hardware)
     # 2. The vTPM's, by the key that the claims name.
     claims = tpm2.authenticate_parts(evidence.parts, hcl.claims.attestation_key)
     return AzureVtpmClaims(hardware, hcl.claims, hcl.bound, claims)
+
+
+def _check_same_td(hcl: HclReport, hardware: TdxClaims) -> None:
+    told, quoted = parse_td_report(hcl.td_report).items(), hardware.report.items()
+    for name, value in quoted.items():
+        if told[name] != value:
+            raise Unbound(
+                f"azure_vtpm: {name} of the TD quote: expected the TDREPORT's {told[name].hex()}, "
+                f"got {value.hex()}"
+            )
 
 
 def _hardware(
