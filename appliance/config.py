@@ -380,8 +380,8 @@ class Policy(Struct, frozen=True, forbid_unknown_fields=True):
         min_gpus: so many GPUs at least; not asked where `gpus` is `unsafe_none`.
         gpu_architectures: chips by NVIDIA's name.
         gpu_drivers, gpu_vbios: exact versions; empty accepts any whose reference values match.
-        revocation: what a missing answer about a certificate's revocation is. A certificate that
-            is known to be revoked is never accepted.
+        revocation: what an answer about a certificate's revocation is that is missing or out of
+            its time. A certificate that is known to be revoked is never accepted.
         expired_rims: what reference values are whose signer's certificate has expired.
         snp_products: AMD's product lines that are accepted.
         minimum_tcb: the floor of SEV-SNP's security versions.

@@ -179,21 +179,20 @@ def check_crl(
     Raises:
         Malformed: it does not parse.
         Unauthentic: not the issuer's signature, or a critical extension.
-        Stale: `at` is outside of its time, or it has no end.
+        Stale: it has no end, or `at` is outside of its time and it does not revoke for good.
     """
     crl = parse_crl(crl_der)
-    authenticate_crl(crl, issuer=issuer, at=at)
+    _check_crl_signature(crl, issuer)
     try:
         entry = crl.get_revoked_certificate_by_serial_number(certificate.serial_number)
-        if entry is None:
-            return RevocationStatus(Revocation.GOOD, None, crl.last_update_utc, crl_expiry(crl))
-        for extension in entry.extensions:
-            if extension.critical and extension.oid != x509.CRLReason.oid:
-                raise Unauthentic("CRL: expected entries of its own issuer")
-        reason = _crl_reason(entry)
+        reason = None if entry is None else _crl_reason(entry)
     except UNREADABLE:
         raise Malformed("CRL: expected entries that parse", field="crl") from None
-    return RevocationStatus(Revocation.REVOKED, reason, crl.last_update_utc, crl_expiry(crl))
+    status = Revocation.GOOD if entry is None else Revocation.REVOKED
+    found = RevocationStatus(status, reason, crl.last_update_utc, crl_expiry(crl))
+    if not _is_final(found):
+        _check_crl_time(crl, at)
+    return found
 
 
 def parse_crl(crl_der: bytes) -> x509.CertificateRevocationList:
@@ -220,6 +219,11 @@ def authenticate_crl(
         Unauthentic: another issuer, a bad or weak signature, or a partial or indirect list.
         Stale: `at` is outside of its time, or it has no end.
     """
+    _check_crl_signature(crl, issuer)
+    _check_crl_time(crl, at)
+
+
+def _check_crl_signature(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> None:
     try:
         signed = (
             crl.issuer == issuer.subject
@@ -234,6 +238,9 @@ def authenticate_crl(
         raise Unauthentic(f"CRL: expected the signature of {issuer.subject.rfc4514_string()}")
     if critical:
         raise Unauthentic(f"CRL: expected a complete list, got critical extension {critical[0]}")
+
+
+def _check_crl_time(crl: x509.CertificateRevocationList, at: datetime.datetime) -> None:
     start, end = crl.last_update_utc, crl_expiry(crl)
     if not start - CLOCK_SKEW <= at < end:
         raise Stale(f"CRL: valid from {start:%Y-%m-%d} to {end:%Y-%m-%d}, not at {at:%Y-%m-%d}")
@@ -499,13 +506,19 @@ def _status_of(single: ocsp.OCSPSingleResponse, max_age: datetime.timedelta) -> 
 def _check_time(status: OcspStatus, at: datetime.datetime) -> None:
     if status.this_update > at + CLOCK_SKEW:
         raise Stale(f"OCSP response: made at {status.this_update:%Y-%m-%dT%H:%MZ}, in the future")
-    # A revocation does not lapse; only a hold may be lifted, so only that one ages.
-    final = status.status is Revocation.REVOKED and status.reason != "certificateHold"
-    if not final and at >= status.expires:
+    if not _is_final(status) and at >= status.expires:
         raise Stale(f"OCSP response: usable until {status.expires:%Y-%m-%dT%H:%MZ}")
 
 
+def _is_final(status: RevocationStatus) -> bool:
+    """A revocation does not lapse; only a hold may be lifted, so only that one ages."""
+    return status.status is Revocation.REVOKED and status.reason != "certificateHold"
+
+
 def _crl_reason(entry: x509.RevokedCertificate) -> str | None:
+    for extension in entry.extensions:
+        if extension.critical and extension.oid != x509.CRLReason.oid:
+            raise Unauthentic("CRL: expected entries of its own issuer")
     try:
         return entry.extensions.get_extension_for_class(x509.CRLReason).value.reason.value
     except x509.ExtensionNotFound:

@@ -555,6 +555,16 @@ def test_a_list_by_another_or_out_of_its_time_says_nothing(ark: Issuer) -> None:
     for at in (NOW - 2 * HOUR, NOW + 30 * DAY):
         with pytest.raises(Stale):
             check_crl(make_crl(ark, now=NOW), certificate=ask_, issuer=ark.certificate, at=at)
+    # A revocation does not lapse, unless it may be lifted.
+    for reason, status in ((None, Revocation.REVOKED), (x509.ReasonFlags.certificate_hold, None)):
+        crl = make_crl(ark, now=NOW, revoked={ask_.serial_number: reason})
+        later = NOW + 30 * DAY
+        if status is None:
+            with pytest.raises(Stale):
+                check_crl(crl, certificate=ask_, issuer=ark.certificate, at=later)
+        else:
+            said = check_crl(crl, certificate=ask_, issuer=ark.certificate, at=later)
+            assert said.status is status
     for junk in (b"", bytes(100), b"-----BEGIN X509 CRL-----"):
         with pytest.raises(Malformed):
             check_crl(junk, certificate=ask_, issuer=ark.certificate, at=NOW)

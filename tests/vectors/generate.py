@@ -944,8 +944,16 @@ def snp_refusals() -> Iterator[Case]:
     )
     yield snp(
         "crl_expired",
-        "The list has expired.",
-        error="stale",
+        "The list has expired, which is as if there were none.",
+        WARNING,
+        findings=["revocation"],
+        crl=amd.revocation_list(roots, end=AT - DAY),
+    )
+    yield snp(
+        "crl_expired_required",
+        "The list has expired, and the policy wants one.",
+        findings=["revocation"],
+        policy=['revocation = "required"'],
         crl=amd.revocation_list(roots, end=AT - DAY),
     )
     yield snp("crl_malformed", "The list does not parse.", error="malformed", crl=b"\x30\x03")

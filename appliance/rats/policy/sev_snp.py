@@ -181,12 +181,12 @@ class RevocationKnown:
     rule: Literal["required", "warn"]
 
     def check(self, claims: SevSnpClaims) -> Iterator[Finding]:
-        """One finding when there was none."""
+        """One finding when there was none, or an old one."""
         if not claims.revocation_checked:
             yield Finding(
                 Tier.CONTRAINDICATED if self.rule == "required" else Tier.WARNING,
                 "sev_snp.revocation",
                 expected="AMD's revocation list",
-                got="none",
-                advice="Let the revocation list of the product line travel with the evidence.",
+                got=claims.revocation_lapsed or "none",
+                advice="Let the present revocation list of the product line travel with the evidence.",
             )

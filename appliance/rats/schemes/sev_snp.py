@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.utils import CryptographyDeprecationWarning
 
-from appliance.errors import Revoked, Unauthentic
+from appliance.errors import Revoked, Stale, Unauthentic
 from appliance.rats import chain, revocation
 from appliance.rats.model import AmdRoots
 from appliance.wire.canonical import JsonObject, JsonValue
@@ -78,6 +78,7 @@ class SevSnpClaims:
             REPORTED_TCB is the one that the certificate vouches for.
         csp_id: the cloud provider whose VLEK signed; None for a VCEK.
         revocation_checked: AMD's list was there, in time, and did not name the issuer.
+        revocation_lapsed: why a list that was there does not count, which is its time.
     """
 
     product: str
@@ -88,6 +89,7 @@ class SevSnpClaims:
     launch_tcb: Tcb
     csp_id: str | None
     revocation_checked: bool
+    revocation_lapsed: str | None = None
 
     @property
     def scheme(self) -> str:
@@ -201,14 +203,14 @@ def authenticate_report(
         Unauthentic: the certificate is not AMD's, is about another product, chip, firmware or
             kind of key than the report, the signature is bad, or the list is not the ARK's.
         Revoked: AMD took the issuer of the certificate back.
-        Stale: `at` is outside the validity of a certificate or of the revocation list.
+        Stale: `at` is outside the validity of a certificate.
     """
     parsed = parse_report(report)
     # 1. Whose key: a path from the VEK to the ARK of one product line.
     line, path = _authenticate_vek(vek, authorities, roots, at)
-    # 2. Revocation, where AMD's list is at hand. Whether it must be is policy.
-    if crl is not None:
-        _check_revocation(path, crl, at)
+    # 2. Revocation, where AMD's list is at hand. Whether it must be, and in time, is policy: whoever
+    #    could hand out an old list could as well hand out none.
+    lapsed = None if crl is None else _check_revocation(path, crl, at)
     # 3. The signature, before anything that the report says is used.
     _check_signature(parsed, vek)
     # 4. The certificate is about this product, kind of key, chip and firmware.
@@ -230,7 +232,8 @@ def authenticate_report(
         committed_tcb=parse_tcb(parsed.committed_tcb, product=line.product, field="committed_tcb"),
         launch_tcb=parse_tcb(parsed.launch_tcb, product=line.product, field="launch_tcb"),
         csp_id=extensions.csp_id,
-        revocation_checked=crl is not None,
+        revocation_checked=crl is not None and lapsed is None,
+        revocation_lapsed=lapsed,
     )
 
 
@@ -382,12 +385,19 @@ def _check_chip(report: AttestationReport, extensions: _VekExtensions) -> None:
 
 def _check_revocation(
     path: tuple[x509.Certificate, ...], der: bytes, at: datetime.datetime
-) -> None:
-    """AMD's lists name intermediates: every VEK has the serial number 0, none can be named."""
+) -> str | None:
+    """AMD's lists name intermediates: every VEK has the serial number 0, none can be named.
+
+    Returns why the list does not count, if it is out of its time.
+    """
     _, issuer, ark = path
-    status = revocation.check_crl(der, certificate=issuer, issuer=ark, at=at)
+    try:
+        status = revocation.check_crl(der, certificate=issuer, issuer=ark, at=at)
+    except Stale as error:
+        return error.message
     if status.status is revocation.Revocation.REVOKED:
         raise Revoked(f"vek: AMD revoked its issuer `{issuer.subject.rfc4514_string()}`")
+    return None
 
 
 def _svn(values: dict[str, bytes], oid: str) -> int:
