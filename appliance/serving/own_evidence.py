@@ -37,6 +37,10 @@ T = TypeVar("T")
 PROBE = b"\x00" * 32
 """Report data of the quote that is only made to learn what endorses this machine's quotes."""
 
+RENEWED = ("crl", "collateral")
+"""Endorsements that lapse while the machine runs. The vendors are asked for them even where the host
+hands one out, and theirs counts; what certifies the machine's keys is the host's where it has it."""
+
 
 class OwnEvidence:
     """Evidence of this machine.
@@ -108,12 +112,10 @@ class OwnEvidence:
         Raises:
             AttesterError: it could not be had.
         """
-        try:
-            with trio.fail_after(self._config.attestation.collect_s):
-                raw = await self._attester.cpu_evidence(report_data)
-        except trio.TooSlowError:
-            raise AttesterUnavailable("expected CPU evidence in time") from None
-        return replace(raw, endorsements={**self._cpu_endorsements, **raw.endorsements})
+        raw = await self._raw_quote(report_data)
+        known = self._cpu_endorsements
+        renewed = {name: known[name] for name in RENEWED if name in known}
+        return replace(raw, endorsements={**known, **raw.endorsements, **renewed})
 
     async def appraise_report(self, data: bytes, nonce: bytes | None) -> AttestationResult:
         """Steps 2 to 9 of protocol.md section 9 on a report of our own.
@@ -186,10 +188,20 @@ class OwnEvidence:
 
         Raises:
             AttesterError: there is no CPU evidence to ask about.
+            Unauthentic: it does not parse.
         """
-        raw = await self.quote(PROBE)
-        endorsed = await self._endorsements.for_cpu(replace(raw, endorsements={}), chip=_chip(raw))
+        raw = await self._raw_quote(PROBE)
+        chip = await self._think(partial(_chip, raw))
+        kept = {name: one for name, one in raw.endorsements.items() if name not in RENEWED}
+        endorsed = await self._endorsements.for_cpu(replace(raw, endorsements=kept), chip=chip)
         self._cpu_endorsements = dict(endorsed.endorsements)
+
+    async def _raw_quote(self, report_data: bytes) -> CpuEvidence:
+        try:
+            with trio.fail_after(self._config.attestation.collect_s):
+                return await self._attester.cpu_evidence(report_data)
+        except trio.TooSlowError:
+            raise AttesterUnavailable("expected CPU evidence in time") from None
 
     async def _think(self, step: Callable[[], T]) -> T:
         """Off the event loop, one at a time; evidence that does not parse is evidence that lies.
