@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from appliance.errors import ApplianceError, VerificationIncomplete
+from appliance.errors import ApplianceError, InternalError, Malformed, VerificationIncomplete
 from appliance.verifier.render import render
 from appliance.verifier.verdict import Outcome, of_error
 
@@ -50,11 +50,21 @@ def tell(arguments: argparse.Namespace, judge: Callable[[argparse.Namespace], Ou
         outcome = judge(arguments)
     except ApplianceError as error:
         outcome = of_error(error)
+    except Exception as error:  # noqa: BLE001  # a parser's defect must not pass for evidence that holds
+        outcome = of_error(_defect(error))
     if arguments.json:
         sys.stdout.write(json.dumps(outcome.to_json(), indent=2) + "\n")
     else:
         render(outcome, Console(highlight=False, markup=False, emoji=False))
     return outcome.exit_status
+
+
+def _defect(error: Exception) -> Malformed:
+    """Evidence that no parser expected: refused, and said by the defect's name alone."""
+    return Malformed(
+        f"{InternalError.code}: the evidence met a defect of this program "
+        f"({type(error).__name__}), so it is refused"
+    )
 
 
 def credential(path: Path) -> dict[str, str]:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from rich.console import Console
-
 from appliance.endorsements.anchors import load_anchors
-from appliance.errors import (
-    ApplianceError,
-    InternalError,
-    Malformed,
-    VerificationIncomplete,
-)
+from appliance.errors import Malformed, VerificationIncomplete
 from appliance.rats.chain import parse_der_certificate
 from appliance.rats.reference import ReferenceValues, parse_reference_values
 from appliance.verifier import appraise_cpu, appraise_nvidia
+from appliance.verifier.arguments import tell
 from appliance.verifier.raw_evidence import parse_hex, parse_time, read_file, split_certificates
-from appliance.verifier.render import render
-from appliance.verifier.verdict import Outcome, of_error, of_result
+from appliance.verifier.verdict import Outcome, of_result
 
 EXIT_STATUS = (
     "Exit status: 0 affirming, 1 contraindicated, 2 could not be checked (bad arguments, files that "
@@ -88,27 +79,12 @@ def add_appraise(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def appraise_command(arguments: argparse.Namespace) -> int:
     """`dcv appraise SCHEME …`: prints the outcome and returns its exit status."""
+    return tell(arguments, _appraise)
+
+
+def _appraise(arguments: argparse.Namespace) -> Outcome:
     scheme: Scheme = arguments.scheme
-    try:
-        at = _at(arguments.at)
-        outcome = scheme(arguments, at)
-    except ApplianceError as error:
-        outcome = of_error(error)
-    except Exception as error:  # noqa: BLE001  # a parser's defect must not pass for evidence that holds
-        outcome = of_error(_defect(error))
-    if arguments.json:
-        sys.stdout.write(json.dumps(outcome.to_json(), indent=2) + "\n")
-    else:
-        render(outcome, Console(highlight=False, markup=False, emoji=False))
-    return outcome.exit_status
-
-
-def _defect(error: Exception) -> Malformed:
-    """Evidence that no parser expected: refused, and said by the defect's name alone."""
-    return Malformed(
-        f"{InternalError.code}: the evidence met a defect of this program "
-        f"({type(error).__name__}), so it is refused"
-    )
+    return scheme(arguments, _at(arguments.at))
 
 
 def _nvidia(kind: appraise_nvidia.Kind) -> Scheme:

@@ -78,13 +78,17 @@ def base_url(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
+        # A name that cannot be asked for is refused here and not where a connection is opened:
+        # labels of 1 to 63 bytes (RFC 1035 section 2.3.4), and what httpx2 makes of the rest.
+        (parts.hostname or "").encode("idna")
+        httpx2.URL(url)
         valid = (
             parts.scheme == "https"
             and parts.hostname
             and parts.username is None
             and (parts.port or 443)
         )
-    except ValueError:
+    except (ValueError, httpx2.InvalidURL):
         valid = False
     if not valid:
         raise VerificationIncomplete(f"expected a URL like https://HOST:8443, got {url[:200]}")

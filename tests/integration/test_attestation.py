@@ -534,6 +534,12 @@ async def test_somebody_in_between_with_another_key_is_refused(
     [
         ("https://127.0.0.1:1", "cannot ask"),
         ("http://127.0.0.1:1", "https://HOST"),
+        ("https://\N{LATIN SMALL LETTER E WITH ACUTE}..example", "https://HOST"),
+        ("https://a..example", "https://HOST"),
+        (f"https://{'a' * 300}", "https://HOST"),
+        ("https://\N{SNOWMAN}.example", "https://HOST"),
+        ("https://[::1", "https://HOST"),
+        ("https://127.0.0.1:99999", "https://HOST"),
         ("/no/such/file", "cannot read"),
     ],
 )

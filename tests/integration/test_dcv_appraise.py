@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import padding
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from appliance.cli import main
-from appliance.verifier import appraise_cpu
+from appliance.verifier import appraise_cpu, receipt_command, verify_command
 from appliance.verifier.raw_evidence import MAX_FILE_BYTES, split_certificates
 from appliance.wire.azure_hcl import parse_hcl_report
 from appliance.wire.azure_json import parse_azure_json
@@ -874,8 +875,22 @@ def test_empty_files_are_no_evidence(tmp_path: Path) -> None:
         assert (told.verdict, told.code) == ("contraindicated", "malformed"), scheme
 
 
+@pytest.mark.parametrize(
+    ("module", "parser", "words"),
+    [
+        (appraise_cpu, "appraise_azure_file", ["appraise", "azure-vtpm", "--evidence"]),
+        (verify_command, "parse_bundle", ["verify"]),
+        (receipt_command, "parse_json_object", ["receipt", "verify"]),
+    ],
+    ids=["raw evidence", "a bundle", "a receipt"],
+)
 def test_a_defect_of_a_parser_is_told_as_evidence_that_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: ModuleType,
+    parser: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The only place where something of ours is replaced: the defect is not there to be met."""
 
@@ -883,8 +898,8 @@ def test_a_defect_of_a_parser_is_told_as_evidence_that_is_refused(
         raise IndexError("secret bytes of the evidence")
 
     (tmp_path / "file").write_bytes(b"x")
-    monkeypatch.setattr(appraise_cpu, "appraise_azure_file", fails)
-    status = main(["appraise", "azure-vtpm", "--evidence", str(tmp_path / "file"), "--json"])
+    monkeypatch.setattr(module, parser, fails)
+    status = main([*words, str(tmp_path / "file"), "--json"])
     document = json.loads(capsys.readouterr().out)
     assert (status, document["verdict"]) == (1, "contraindicated")
     assert "internal_error" in document["error"]["message"]
