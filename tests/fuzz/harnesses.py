@@ -85,7 +85,7 @@ from appliance.wire.rim import parse_rim
 from appliance.wire.sealed import SealedSecret, parse_sealed
 from appliance.wire.spdm import parse_transcript
 from appliance.wire.sse import PING_LINE, BlockReader, encode_event
-from appliance.wire.tdx import parse_quote
+from appliance.wire.tdx import TD_REPORT_BYTES, parse_quote, parse_td_report
 from tests.bench.simulated_report import simulated_report
 from tests.fakes import amd_evidence as amd
 from tests.fakes import nvidia_evidence as nvidia
@@ -215,6 +215,13 @@ def sev_snp_report(data: bytes) -> None:
 @harness(part("quote", *TDX))
 def tdx_quote(data: bytes) -> None:
     assert data.startswith(parse_quote(data).raw)
+
+
+@harness(
+    lambda: [one[32 : 32 + TD_REPORT_BYTES] for one in part("hcl_report", "azure_vtpm_good_tdx")()]
+)
+def td_report(data: bytes) -> None:
+    assert parse_td_report(data).report_data == data[128:192]
 
 
 @harness(part("quote", "tpm2_good", "azure_vtpm_good"))
@@ -371,7 +378,7 @@ def azure_json(data: bytes) -> None:
 
 
 @harness(part("chain", "nvidia_gpu_good"))
-def azure_pem(data: bytes) -> None:
+def pem(data: bytes) -> None:
     split_pem(data, field="x")
 
 
