@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -181,3 +183,35 @@ def test_nvidias_roots_are_those_of_the_vectors() -> None:
         (loaded.nvidia_rim, "verifier_RIM_root.pem"),
     ):
         assert certificates == chain.parse_pem_chain((folder / name).read_bytes(), field=name)
+
+
+def packaged(package: str) -> list[bytes]:
+    """Every file of an installed package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip(f"`{package}` is not installed here, and no test needs it but this one")
+    [folder] = spec.submodule_search_locations
+    return [path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()]
+
+
+def is_in(files: list[bytes], certificate: bytes) -> bool:
+    """As DER, or as base64 in lines."""
+    text = base64.b64encode(certificate)
+    return any(certificate in one or text in b"".join(one.split()) for one in files)
+
+
+def test_intels_root_is_the_one_that_the_tdx_library_carries() -> None:
+    assert is_in(packaged("dcap_qvl"), load_intel())
+
+
+@pytest.mark.parametrize(
+    ("package", "product"),
+    [("omne_attest", "Milan"), ("tinfoil", "Genoa"), ("sev_attest_tool", "Genoa")],
+)
+def test_amds_certificates_are_those_of_the_packages_that_carry_them(
+    package: str, product: str
+) -> None:
+    """The other five are in no package that was found: rats/anchors/README.md."""
+    files = packaged(package)
+    [line] = [one for one in load_amd() if one.product == product]
+    assert all(is_in(files, chain.der_of(one)) for one in (line.ark, line.ask))
