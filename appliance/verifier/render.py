@@ -94,6 +94,10 @@ SHOWN: dict[str, tuple[str, ...]] = {
         "feature",
         "ueid",
         "nonce",
+        # and of a CPU
+        "product",
+        "measurement",
+        "report_data",
     ),
     "sev_snp": (
         "product",

@@ -327,6 +327,15 @@ def test_the_verdict_comes_first_then_claims_then_findings() -> None:
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("scheme", ["sev_snp", "simulated"])
+def test_a_cpu_is_shown_with_what_it_says_simulated_or_not(scheme: str) -> None:
+    cpu = conclude({**CLAIMS, "scheme": scheme, "report_data": "cd" * 64}, [])
+    lines = shown(of_result(conclude({}, [], {"CPU": cpu})), width=200).splitlines()
+    below = lines[lines.index("CPU") + 1 :]
+    for value in ("Milan", "ab" * 48, "cd" * 64):
+        assert any(value in line for line in below)
+
+
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_nothing_is_lost_or_too_wide_at_any_width(width: int) -> None:
     outcome = of_result(conclude({**CLAIMS}, [finding(Tier.WARNING, got="cd" * 48)]))
