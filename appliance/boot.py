@@ -392,7 +392,7 @@ async def _attester(
     log.info(
         "gpus",
         driver=inventory.driver_version,
-        gpus=[f"{one.name} {one.vbios_version}" for one in inventory.gpus],
+        gpus=[f"{one.name} {one.vbios_version} UEID {one.ueid}" for one in inventory.gpus],
     )
     return attester, own
 

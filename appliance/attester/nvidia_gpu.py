@@ -17,9 +17,15 @@ from typing import TypeVar
 import pynvml  # type: ignore[import-untyped]  # it ships no types
 import trio
 
-from appliance.attester.provider import ConfidentialComputeState, GpuDevice, GpuInventory
+from appliance.attester.provider import (
+    CC_FEATURE_ENABLED,
+    ConfidentialComputeState,
+    GpuDevice,
+    GpuInventory,
+)
 from appliance.config import Attestation
-from appliance.errors import AttesterError, DeviceFault, ProviderAbsent
+from appliance.errors import AttesterError, DeviceFault, Malformed, ProviderAbsent
+from appliance.rats.chain import parse_pem_chain
 from appliance.wire.evidence import GpuEvidence
 
 T = TypeVar("T")
@@ -97,6 +103,7 @@ class NvidiaGpus:
         if count < self._count:
             raise ProviderAbsent(f"expected {self._count} GPUs, the driver has {count}")
         state = pynvml.nvmlSystemGetConfComputeState()
+        certified = state.ccFeature == CC_FEATURE_ENABLED
         return GpuInventory(
             cc_state=ConfidentialComputeState(
                 environment=state.environment,
@@ -105,19 +112,16 @@ class NvidiaGpus:
             ),
             ready=bool(pynvml.nvmlSystemGetConfComputeGpusReadyState()),
             driver_version=pynvml.nvmlSystemGetDriverVersion(),
-            gpus=tuple(_device(index) for index in range(count)),
+            gpus=tuple(_device(index, certified=certified) for index in range(count)),
         )
 
     def _evidence(self, index: int, nonce: bytes) -> GpuEvidence:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         report = pynvml.nvmlDeviceGetConfComputeGpuAttestationReport(handle, nonce)
-        chain = pynvml.nvmlDeviceGetConfComputeGpuCertificate(handle)
         return GpuEvidence(
             self.scheme,
             _used(report.attestationReport, report.attestationReportSize, f"GPU {index}: report"),
-            _used(
-                chain.attestationCertChain, chain.attestationCertChainSize, f"GPU {index}: chain"
-            ),
+            _chain(handle, index),
         )
 
     def _set_ready(self, ready: bool) -> None:
@@ -128,14 +132,29 @@ class NvidiaGpus:
         )
 
 
-def _device(index: int) -> GpuDevice:
+def _device(index: int, *, certified: bool) -> GpuDevice:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     return GpuDevice(
         index=index,
         name=pynvml.nvmlDeviceGetName(handle),
         uuid=pynvml.nvmlDeviceGetUUID(handle),
         vbios_version=pynvml.nvmlDeviceGetVbiosVersion(handle),
+        ueid=_ueid(handle, index) if certified else None,
     )
+
+
+def _ueid(handle: object, index: int) -> str:
+    # Nobody checks the certificate here; it is written as NVIDIA's claims write it.
+    try:
+        leaf, *_ = parse_pem_chain(_chain(handle, index), field="chain")
+    except Malformed as error:
+        raise DeviceFault(f"GPU {index}: {error.message}") from error
+    return str(leaf.serial_number)
+
+
+def _chain(handle: object, index: int) -> bytes:
+    chain = pynvml.nvmlDeviceGetConfComputeGpuCertificate(handle)
+    return _used(chain.attestationCertChain, chain.attestationCertChainSize, f"GPU {index}: chain")
 
 
 def _used(buffer: bytes, size: int, what: str) -> bytes:

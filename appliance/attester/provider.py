@@ -55,13 +55,16 @@ class GpuDevice:
     """One GPU as the driver names it; unsigned.
 
     Attributes:
-        index: the driver's. uuid: `GPU-…`.
+        index: the driver's. uuid: `GPU-…`, the driver's name for it.
+        ueid: its name in evidence: the serial number of its leaf certificate in decimal. None
+            where confidential computing is off and there is no certificate.
     """
 
     index: int
     name: str
     uuid: str
     vbios_version: str
+    ueid: str | None
 
 
 @dataclass(frozen=True, slots=True)

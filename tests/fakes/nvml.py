@@ -19,6 +19,9 @@ from typing import Any
 
 import pynvml  # type: ignore[import-untyped]  # it ships no types
 
+from appliance.attester.simulated import pki
+from appliance.attester.simulated.nvidia import FWID
+
 SUCCESS = 0
 INVALID_ARGUMENT = 2
 NO_PERMISSION = 4
@@ -79,7 +82,7 @@ class FakeNvml:
 
     count: int = 1
     report: Callable[[int, bytes], bytes] = lambda index, nonce: nonce
-    chain: bytes = b"PEM"
+    chain: bytes = field(default_factory=lambda: pki.make_gpu_chain(serial="01", fwid=FWID)[1])
     name: bytes = b"NVIDIA H100 NVL"
     state: tuple[int, int, int] = (2, 1, 0)
     ready: int = 0

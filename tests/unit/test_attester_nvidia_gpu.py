@@ -34,7 +34,7 @@ async def test_the_nonce_reaches_every_gpu_and_its_report_comes_back(library: Fa
     library.report = lambda index, nonce: b"report %d " % index + nonce
     found = await NvidiaGpus(count=3).collect(NONCE)
     assert [one.report for one in found] == [b"report %d " % index + NONCE for index in range(3)]
-    assert {one.certificate_chain for one in found} == {b"PEM"}
+    assert {one.certificate_chain for one in found} == {library.chain}
     assert {one.scheme for one in found} == {"nvidia_gpu"}
     assert all(one.rims == one.ocsp == () for one in found)
 
@@ -71,6 +71,22 @@ async def test_the_inventory_is_what_the_driver_says(library: FakeNvml) -> None:
     assert not found.ready
 
 
+@needs_vectors
+async def test_the_inventory_names_a_gpu_as_its_evidence_does(library: FakeNvml) -> None:
+    library.report = lambda _index, _asked: (H100 / "report.bin").read_bytes()
+    library.chain = (H100 / "chain.pem").read_bytes()
+    gpus = NvidiaGpus(count=1)
+    (device,), (evidence,) = (await gpus.inventory()).gpus, await gpus.collect(NONCE)
+    root = load_anchors().nvidia_device
+    assert device.ueid == authenticate(evidence, root=root, at=NOW, nonce=None).ueid
+
+
+async def test_a_driver_that_has_no_certificate_for_a_gpu_is_at_fault(library: FakeNvml) -> None:
+    library.chain = b"PEM"
+    with pytest.raises(DeviceFault, match="GPU 0: chain"):
+        await NvidiaGpus(count=1).inventory()
+
+
 @pytest.mark.parametrize(
     "state", [(0, 1, 0), (1, 1, 0), (2, 0, 0), (2, 1, 1)], ids=["none", "test", "off", "devtools"]
 )
@@ -78,7 +94,11 @@ async def test_anything_but_production_shows(
     library: FakeNvml, state: tuple[int, int, int]
 ) -> None:
     library.state = state
-    assert not (await NvidiaGpus(count=1).inventory()).cc_state.is_production
+    if state[1] == 0:
+        library.errors["nvmlDeviceGetConfComputeGpuCertificate"] = pynvml.NVML_ERROR_NOT_SUPPORTED
+    found = await NvidiaGpus(count=1).inventory()
+    assert not found.cc_state.is_production
+    assert (found.gpus[0].ueid is None) == (state[1] == 0)
 
 
 async def test_the_ready_state_is_set_and_read_back(library: FakeNvml) -> None:

@@ -320,6 +320,7 @@ async def test_the_inventory_says_what_a_driver_would() -> None:
     found = await inventory(Fault.NONE)
     assert found.cc_state.is_production
     assert [gpu.index for gpu in found.gpus] == [0, 1]
+    assert len({gpu.ueid for gpu in found.gpus}) == 2
     assert not found.ready
 
 

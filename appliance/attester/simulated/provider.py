@@ -24,6 +24,7 @@ from appliance.attester.simulated import nvidia, pki, sev_snp
 from appliance.attester.simulated.faults import Fault, parse_fault
 from appliance.config import Attestation
 from appliance.errors import DeviceFault, ProviderAbsent
+from appliance.rats.chain import parse_pem_chain
 from appliance.wire.evidence import CpuEvidence, GpuEvidence
 
 CRASH_STATUS = 139
@@ -196,7 +197,8 @@ def _make_gpu(index: int, *, until: datetime.datetime) -> _Gpu:
     key, chain = pki.make_gpu_chain(serial=serial, fwid=nvidia.FWID, until=until)
     tail = secrets.token_hex(16)
     uuid = "-".join((tail[:8], tail[8:12], tail[12:16], tail[16:20], tail[20:]))
-    device = GpuDevice(index, "Simulated H100", f"GPU-{uuid}", nvidia.VBIOS_VERSION)
+    name, ueid = "Simulated H100", str(parse_pem_chain(chain, field="chain")[0].serial_number)
+    device = GpuDevice(index, name, f"GPU-{uuid}", nvidia.VBIOS_VERSION, ueid)
     return _Gpu(device, key, chain)
 
 
