@@ -466,9 +466,8 @@ options = st.fixed_dictionaries(
 
 
 conversations = st.just([{"role": "user", "content": "CANARY"}])
-inputs = st.text(min_size=1, max_size=8) | st.lists(
-    st.text(min_size=1, max_size=8), min_size=1, max_size=3
-)
+embedded = st.text(min_size=1, max_size=8).filter(str.strip)  # white space alone is refused
+inputs = embedded | st.lists(embedded, min_size=1, max_size=3)
 contents: dict[Endpoint, st.SearchStrategy[dict[str, Any]]] = {
     Endpoint.CHAT: st.builds(
         lambda messages, keys: {"messages": messages} | keys, conversations, options
