@@ -94,9 +94,9 @@ def authenticate_path(
 
     Raises:
         Malformed: an extension that does not parse.
-        Unauthentic: no pinned root or another than it, a bad signature, a name that does not chain, an issuer that
-            is no CA or too far up, a leaf for another purpose, a critical extension nobody here
-            knows.
+        Unauthentic: no pinned root or another than it, a bad signature, a name that does not
+            chain, an issuer that is no CA or too far up, a leaf for another purpose, a critical
+            extension nobody here knows.
         Stale: `at` is outside the validity of one of them.
     """
     if not 0 < len(presented) <= MAX_CERTIFICATES:
