@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ENGINE = Path(__file__).with_name("sglang_engine.py")
+CHECKOUT = Path(__file__).parents[2]
 
 
 def sglang_section(folder: Path, *modes: str) -> dict[str, object]:
@@ -28,5 +29,6 @@ def sglang_section(folder: Path, *modes: str) -> dict[str, object]:
     return {
         "unsafe_command": [],
         "python": sys.executable,
-        "python_path": [str(package.parent)],
+        # The stand-in is read from this checkout: wherever that lies, a confined engine may.
+        "python_path": [str(package.parent), str(CHECKOUT)],
     }
