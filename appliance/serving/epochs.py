@@ -6,7 +6,11 @@ nonce commits to its root, one appraisal; then all of them go on, each with the 
 leaf (protocol.md section 2). An epoch is closed the moment the device is free, so nobody waits
 for two whole collections. Only after an idle time is it left open for those who come just then.
 
-`run` is the only task that talks to the device. Who waits may be cancelled at any moment: before
+    device      │ collect 1          │ collect 2          │ collect 3
+    appraisal                        │ 1 │                │ 2 │
+    members                              │ 1 go on            │ 2 go on
+
+What `run` starts is all that talks to the device. Who waits may be cancelled at any moment: before
 the epoch is formed it leaves no leaf, afterwards its leaf stays and nobody looks at it.
 """
 
@@ -15,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -30,6 +36,8 @@ from appliance.rats.result import AttestationResult
 from appliance.wire.commitments import Inclusion, Kind, epoch_nonce, gpu_evidence_digest
 from appliance.wire.evidence import GpuEvidence
 from appliance.wire.merkle import MAX_LEAVES, MerkleTree
+
+T = TypeVar("T")
 
 MAX_WAITING = 8 * MAX_LEAVES
 """Members in line; far beyond what admission lets through."""
@@ -136,6 +144,8 @@ class Epochs:
         self._log = log
         self._waiting: list[Member] = []
         self._wanted = trio.Event()
+        self._running = trio.CancelScope()  # of `run`
+        self._settling = trio.Lock()  # in the order in which they were collected
         self._ended: ApplianceError | None = None
         self._collection_s = 0.0  # what the last one took
         self.failures = 0
@@ -204,15 +214,18 @@ class Epochs:
     async def run(self) -> None:
         """Form epochs until cancelled, or until the appliance must withdraw."""
         try:
-            while self._ended is None:
-                if not self._waiting:
-                    self._wanted = trio.Event()
-                    await self._wanted.wait()
-                    await self._gather()
-                members = self._waiting[:MAX_LEAVES]
-                if members:  # else who set the event left again
-                    del self._waiting[: len(members)]
-                    await self._serve(members)
+            async with trio.open_nursery() as nursery:
+                self._running = nursery.cancel_scope
+                while self._ended is None:
+                    if not self._waiting:
+                        self._wanted = trio.Event()
+                        await self._wanted.wait()
+                        await self._gather()
+                    members = self._waiting[:MAX_LEAVES]
+                    if members:  # else who set the event left again
+                        del self._waiting[: len(members)]
+                        # Until the device is free: the rest goes on beside the next epoch.
+                        await nursery.start(self._serve, members)
         finally:
             self._let_go(_ending() if self._ended is None else self._ended)
 
@@ -228,56 +241,70 @@ class Epochs:
             await trio.lowlevel.checkpoint()
             turns = 0 if len(self._waiting) > before else turns + 1
 
-    async def _serve(self, members: list[Member]) -> None:
-        """One epoch, for members who may be gone when it ends."""
-        error: ApplianceError | None = _ending()
+    async def _serve(self, members: list[Member], *, task_status: trio.TaskStatus[None]) -> None:
+        """One epoch, for members who may be gone when it ends; tells when the device is free."""
         epoch = None
+        error: ApplianceError | None = None
         try:
-            epoch = await self._form(members)
-            error = None
+            epoch = await self._form(members, task_status.started)
         except AttesterError as failure:
             error = self._count_failure(failure)
         except EvidenceError as failure:
             self._end(failure)
             error = failure
         finally:
+            if epoch is None and error is None:  # cancelled, or a defect
+                error = _ending() if self._ended is None else self._ended
             for index, member in enumerate(members):
                 member.error = error
                 if epoch is not None:
                     member.attested = Attested(epoch, _inclusion(epoch, member, index))
                 member.settled.set()
 
-    async def _form(self, members: list[Member]) -> Epoch:
+    async def _form(self, members: list[Member], device_is_free: Callable[[], None]) -> Epoch:
         # 1. The tree, and the nonce over its root.
         tree = MerkleTree.over([member.commitment for member in members])
         keyset_digest = self._keyset_digest()
         nonce = epoch_nonce(keyset_digest, tree.size, tree.root)
+        # 2. Every GPU's evidence over it.
         began = trio.current_time()
+        deadline = began + self._deadline_s
         try:
-            with trio.fail_after(self._deadline_s):
-                # 2. Every GPU's evidence over it.
-                gpus = await self._collect(nonce)
-                self._collection_s = trio.current_time() - began
-                collected_at = self._now()
-                # 3. Appraised before anybody goes on.
-                result = await self._appraise(gpus, nonce)
+            gpus = await self._in_time(deadline, partial(self._collect, nonce))
+        except (AttesterError, EvidenceError):
+            async with self._settling:  # counted after the epochs before it
+                device_is_free()
+                raise
+        self._collection_s = trio.current_time() - began
+        collected_at = self._now()
+        # 3. Appraised, behind the epochs before it, before anybody goes on.
+        async with self._settling:
+            device_is_free()
+            await trio.lowlevel.checkpoint_if_cancelled()  # one before it may have ended it all
+            result = await self._in_time(deadline, partial(self._appraise, gpus, nonce))
+            result.require()
+            epoch = Epoch(
+                keyset_digest=keyset_digest,
+                tree=tree,
+                gpus=gpus,
+                result=result,
+                evidence_digest=gpu_evidence_digest(gpus),
+                collected_at=collected_at,
+            )
+            self.failures = 0
+            self.count += 1
+            self.last = epoch
+        return epoch
+
+    async def _in_time(self, deadline: float, step: Callable[[], Awaitable[T]]) -> T:
+        """What a step of an epoch comes to, by the deadline that both have together."""
+        try:
+            with trio.fail_at(deadline):
+                return await step()
         except trio.TooSlowError:
             raise AttesterUnavailable(
                 f"expected GPU evidence within {self._deadline_s:g} s"
             ) from None
-        result.require()
-        epoch = Epoch(
-            keyset_digest=keyset_digest,
-            tree=tree,
-            gpus=gpus,
-            result=result,
-            evidence_digest=gpu_evidence_digest(gpus),
-            collected_at=collected_at,
-        )
-        self.failures = 0
-        self.count += 1
-        self.last = epoch
-        return epoch
 
     def _count_failure(self, failure: AttesterError) -> AttesterError:
         self.failures += 1
@@ -289,9 +316,10 @@ class Epochs:
         return failure
 
     def _end(self, error: ApplianceError) -> None:
-        """No further epoch; whoever waits is told why."""
+        """No further epoch, nor the one that is being collected; whoever waits is told why."""
         self._withdraw(error)
         self._let_go(error)
+        self._running.cancel()
 
     def _let_go(self, error: ApplianceError) -> None:
         self._ended = error
