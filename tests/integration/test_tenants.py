@@ -223,7 +223,10 @@ async def test_a_key_without_bounds_leaves_places_and_room_in_line_for_another(
         for _ in range(2 * places):
             hoarding.start_soon(hoard)
         with trio.fail_after(20):
-            while await appliance.engine_counter("sglang:num_running_reqs") < places - 1:
+            while (
+                statuses.count(200) < places - 1
+                or await appliance.engine_counter("sglang:num_running_reqs") < places - 1
+            ):
                 await trio.sleep(0.02)
         for _ in range(3):
             with trio.fail_after(10):
