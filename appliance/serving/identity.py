@@ -6,7 +6,7 @@ afterwards but for the keyset's `not_after`, which is renewed in time with the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -47,6 +47,7 @@ class Identity:
     Attributes:
         manifest, instance, policy: as they are published and hashed.
         spki_sha256: of the TLS key, 32 bytes.
+        workload_digest: W, 32 bytes.
     """
 
     manifest: JsonObject
@@ -56,11 +57,10 @@ class Identity:
     receipt_key: SigningKey
     checkpoint_key: SigningKey
     spki_sha256: bytes
+    workload_digest: bytes = field(init=False)
 
-    @property
-    def workload_digest(self) -> bytes:
-        """W, 32 bytes."""
-        return digest_of(self.manifest)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "workload_digest", digest_of(self.manifest))
 
     @property
     def subject(self) -> str:
