@@ -97,14 +97,17 @@ class Attester:
             result = await self._ask("inventory", {})
         return self._parse(messages.parse_inventory, result)
 
-    async def gpu_evidence(self, nonce: bytes) -> tuple[GpuEvidence, ...]:
+    async def gpu_evidence(
+        self, nonce: bytes, *, asked: Callable[[], None] | None = None
+    ) -> tuple[GpuEvidence, ...]:
         """A fresh report of every GPU, as many as configured; nothing in it is checked yet.
 
         Args:
             nonce: 32 bytes.
+            asked: called once the question has been sent.
         """
         async with self._gpu_turn:
-            result = await self._ask("gpu_evidence", {"nonce": nonce.hex()})
+            result = await self._ask("gpu_evidence", {"nonce": nonce.hex()}, asked=asked)
         found = self._parse(messages.parse_gpu_list, result)
         if len(found) != self.hello.gpu_count:
             raise DeviceFault(f"expected evidence of {self.hello.gpu_count} GPUs, got {len(found)}")
@@ -130,9 +133,13 @@ class Attester:
         async with self._gpu_turn:
             await self._ask("set_gpus_ready", {"ready": ready})
 
-    async def _ask(self, op: str, arguments: JsonObject) -> JsonValue:
+    async def _ask(
+        self, op: str, arguments: JsonObject, *, asked: Callable[[], None] | None = None
+    ) -> JsonValue:
         call = _Call()
         number = await self._send(op, arguments, call)
+        if asked is not None:
+            asked()
         try:
             await call.answered.wait()
         except trio.Cancelled:

@@ -2,7 +2,8 @@
 
 A connection serves one request. Closing it is what aborts the generation in the engine, so it
 must belong to one request anyway; connecting over loopback costs about 0.1 ms, and the question
-whether a kept connection died before or after the engine read the request never arises.
+whether a kept connection died before or after the engine read the request never arises. It may be
+opened before the request may be sent: then the engine has accepted it by the time that it is.
 
 Sockets are used directly (`wait_readable` and `recv`): Trio's stream layers cost more per token
 than everything else the relay does (docs/adr/0004).
@@ -43,18 +44,82 @@ class EngineAddress:
     host: str = LOOPBACK
 
 
+class EngineConnection:
+    """A connection to the engine, for one request. Whoever opened it closes it.
+
+    Attributes:
+        socket: not to be read by anybody but the response.
+        closed: by us.
+    """
+
+    def __init__(self, address: EngineAddress) -> None:
+        """Begin to connect, without waiting: what that comes to, `ask_now` and `ask_rest` tell.
+
+        Raises:
+            EngineUnavailable: there is no descriptor left to ask it with.
+        """
+        self.closed = False
+        self._address = address
+        self._unsent = memoryview(b"")
+        try:
+            self.socket = socket.socket(
+                socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            )
+        except OSError as error:
+            raise _unavailable() from error
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.connect_ex((address.host, address.port))
+
+    def ask_now(self, method: str, path: str, body: bytes = b"") -> bool:
+        """Send the one request; whether the kernel took all of it. If not, `ask_rest` sends the rest.
+
+        Raises:
+            EngineUnavailable: the engine does not take the connection or the request.
+        """
+        self._unsent = memoryview(_request(self._address, method, path, body))
+        return self._push()
+
+    async def ask_rest(self) -> None:
+        """Wait until the kernel has taken the rest. Cancelled, close the connection.
+
+        Raises:
+            EngineUnavailable: as `ask_now`.
+        """
+        try:
+            while not self._push():
+                await trio.lowlevel.wait_writable(self.socket)
+        except trio.ClosedResourceError as error:
+            raise _unavailable() from error
+
+    def close(self) -> None:
+        """Close it, which aborts what the engine is doing. Any task may, at any time. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            trio.lowlevel.notify_closing(self.socket)
+            self.socket.close()
+
+    def _push(self) -> bool:
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        except BlockingIOError:  # also while it connects
+            return False
+        except OSError as error:
+            raise _unavailable() from error
+        return True
+
+
 class EngineResponse:
-    """The engine's answer to one request, read as it comes.
+    """The engine's answer to the request that was sent on a connection, read as it comes.
 
     Reading methods may be cancelled and called again: no byte is lost. Only one task may read.
     `close` may be called from any task at any time; a read in progress then raises
     EngineStreamFailed.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
+    def __init__(self, connection: EngineConnection) -> None:
+        self._connection = connection
         self._reader = ResponseReader()
-        self._closed = False
 
     async def head(self) -> ResponseHead:
         """Wait for status and headers.
@@ -100,18 +165,16 @@ class EngineResponse:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Close the connection, which aborts what the engine is doing. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
+        """As `EngineConnection.close`."""
+        self._connection.close()
 
     async def _feed(self) -> None:
-        if self._closed:
+        if self._connection.closed:
             raise EngineStreamFailed("the exchange with the engine was ended")
+        connection = self._connection.socket
         try:
-            await trio.lowlevel.wait_readable(self._socket)
-            data = self._socket.recv(_RECEIVE_BYTES)
+            await trio.lowlevel.wait_readable(connection)
+            data = connection.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return
         except trio.ClosedResourceError:
@@ -132,20 +195,13 @@ async def open_exchange(
     """Connect and send a request. The caller owns the response and closes it.
 
     Raises:
-        EngineUnavailable: the engine does not take the connection or the request, or there is no
-            descriptor left to ask it with.
+        EngineUnavailable: as `EngineConnection` and its methods.
     """
     with ExitStack() as unless_sent:
-        try:
-            connection = unless_sent.enter_context(
-                socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            )
-            connection.setblocking(False)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await _connect(connection, (address.host, address.port))
-            await _send_all(connection, _request(address, method, path, body))
-        except OSError as error:
-            raise EngineUnavailable("the engine does not accept connections") from error
+        connection = EngineConnection(address)
+        unless_sent.callback(connection.close)
+        if not connection.ask_now(method, path, body):
+            await connection.ask_rest()
         unless_sent.pop_all()
     return EngineResponse(connection)
 
@@ -236,22 +292,5 @@ def _request(address: EngineAddress, method: str, path: str, body: bytes) -> byt
     return head.encode("ascii") + body
 
 
-async def _connect(connection: socket.socket, address: tuple[str, int]) -> None:
-    try:
-        connection.connect(address)
-    except BlockingIOError:
-        await trio.lowlevel.wait_writable(connection)
-        if code := connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            raise OSError(code, "connect") from None
-    else:
-        await trio.lowlevel.checkpoint()
-
-
-async def _send_all(connection: socket.socket, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        await trio.lowlevel.wait_writable(connection)
-        try:
-            view = view[connection.send(view) :]
-        except BlockingIOError:
-            continue
+def _unavailable() -> EngineUnavailable:
+    return EngineUnavailable("the engine does not accept connections")

@@ -68,19 +68,26 @@ class Exchange:
             self.interrupted = error
             self._close()
 
-    async def unless_interrupted(self, step: Callable[[], Awaitable[T]]) -> T:
+    async def unless_interrupted(
+        self, step: Callable[[], Awaitable[T]], *, until: float = math.inf
+    ) -> T:
         """What `step` comes to; it is cancelled when the exchange is interrupted, and is not begun,
         nor its result used, where it was.
 
+        Args:
+            until: when it is cancelled, too, on Trio's clock.
+
         Raises:
             ApplianceError: the exchange was interrupted; this is the reason.
+            trio.TooSlowError: it was not done in time.
         """
-        with trio.CancelScope() as running:
+        with trio.CancelScope(deadline=until) as running:
             self.on_close(running.cancel)
             result = await step()
             if self.interrupted is None:
                 return result
-        assert self.interrupted is not None  # it is released only when its task is over
+        if self.interrupted is None:  # it is released only when its task is over
+            raise trio.TooSlowError
         raise self.interrupted
 
     def release(self) -> None:

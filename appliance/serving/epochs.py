@@ -88,8 +88,18 @@ class Member:
     kind: Kind
     commitment: bytes
     settled: trio.Event = field(default_factory=trio.Event)
+    settled_at: float = math.inf
     attested: Attested | None = None
     error: ApplianceError | None = None
+
+    def settle(self, attested: Attested | None, error: ApplianceError | None) -> None:
+        """Tell it what its wait came to."""
+        self.attested, self.error, self.settled_at = attested, error, trio.current_time()
+        self.settled.set()
+
+    def past(self, seconds: float) -> bool:
+        """Whether its wait ended with nothing, or longer ago than this."""
+        return self.error is not None or trio.current_time() > self.settled_at + seconds
 
     async def wait(self) -> Attested:
         """Wait for the share; cancelled, it can be waited for again.
@@ -104,7 +114,7 @@ class Member:
         return self.attested
 
 
-Collect = Callable[[bytes], Awaitable[tuple[GpuEvidence, ...]]]
+Collect = Callable[[bytes, Callable[[], None]], Awaitable[tuple[GpuEvidence, ...]]]
 Appraise = Callable[[tuple[GpuEvidence, ...], bytes], Awaitable[AttestationResult]]
 
 
@@ -112,7 +122,8 @@ class Epochs:
     """Forms epochs, one after the other.
 
     Args:
-        collect: evidence of every GPU over a 32-byte nonce; raises AttesterError.
+        collect: evidence of every GPU over a 32-byte nonce; raises AttesterError. Calls what it is
+            given besides once the device has been asked.
         appraise: the verdict on it; raises EvidenceError where it does not hold.
         keyset_digest: the current one, 32 bytes.
         deadline_s: of one collection and its appraisal.
@@ -144,6 +155,8 @@ class Epochs:
         self._log = log
         self._waiting: list[Member] = []
         self._wanted = trio.Event()
+        self._asked = trio.Event()  # unset while the next epoch is left open for who comes
+        self._asked.set()
         self._running = trio.CancelScope()  # of `run`
         self._settling = trio.Lock()  # in the order in which they were collected
         self._ended: ApplianceError | None = None
@@ -188,6 +201,13 @@ class Epochs:
         self._wanted.set()
         return member
 
+    async def make_way(self) -> None:
+        """For a member: let those who come in the same moment stand in line first. Where the device
+        is idle and about to be asked, this waits until it is, `GATHER_SHARE` of a collection at
+        most."""
+        if not self._asked.is_set():
+            await self._asked.wait()
+
     def leave(self, member: Member) -> None:
         """No longer wait, if it still does. Idempotent."""
         if member in self._waiting:
@@ -219,6 +239,8 @@ class Epochs:
                 while self._ended is None:
                     if not self._waiting:
                         self._wanted = trio.Event()
+                        if self._asked.is_set():
+                            self._asked = trio.Event()
                         await self._wanted.wait()
                         await self._gather()
                     members = self._waiting[:MAX_LEAVES]
@@ -256,10 +278,10 @@ class Epochs:
             if epoch is None and error is None:  # cancelled, or a defect
                 error = _ending() if self._ended is None else self._ended
             for index, member in enumerate(members):
-                member.error = error
+                share = None
                 if epoch is not None:
-                    member.attested = Attested(epoch, _inclusion(epoch, member, index))
-                member.settled.set()
+                    share = Attested(epoch, _inclusion(epoch, member, index))
+                member.settle(share, error)
 
     async def _form(self, members: list[Member], device_is_free: Callable[[], None]) -> Epoch:
         # 1. The tree, and the nonce over its root.
@@ -270,11 +292,13 @@ class Epochs:
         began = trio.current_time()
         deadline = began + self._deadline_s
         try:
-            gpus = await self._in_time(deadline, partial(self._collect, nonce))
+            gpus = await self._in_time(deadline, partial(self._collect, nonce, self._asked.set))
         except (AttesterError, EvidenceError):
             async with self._settling:  # counted after the epochs before it
                 device_is_free()
                 raise
+        finally:
+            self._asked.set()
         self._collection_s = trio.current_time() - began
         collected_at = self._now()
         # 3. Appraised, behind the epochs before it, before anybody goes on.
@@ -324,9 +348,9 @@ class Epochs:
     def _let_go(self, error: ApplianceError) -> None:
         self._ended = error
         for member in self._waiting:
-            member.error = error
-            member.settled.set()
+            member.settle(None, error)
         self._waiting.clear()
+        self._asked.set()
 
     def age_s(self) -> float:
         """Seconds since the last evidence that was accepted was collected."""

@@ -69,15 +69,20 @@ class OwnEvidence:
         self._gpu_endorsements: list[GpuEvidence] = []
         self._cpu_endorsements: dict[str, bytes] = {}
 
-    async def gpus(self, nonce: bytes) -> tuple[GpuEvidence, ...]:
+    async def gpus(
+        self, nonce: bytes, asked: Callable[[], None] | None = None
+    ) -> tuple[GpuEvidence, ...]:
         """Fresh evidence of every GPU over 32 bytes, with what endorses it as far as is known.
+
+        Args:
+            asked: called once the device has been asked.
 
         Raises:
             AttesterError: it could not be had.
         """
         if self._config.attestation.gpu == "unsafe_none":
             return ()
-        raw = await self._attester.gpu_evidence(nonce)
+        raw = await self._attester.gpu_evidence(nonce, asked=asked)
         known = self._gpu_endorsements
         return tuple(
             replace(one, rims=known[index].rims or one.rims, ocsp=known[index].ocsp)

@@ -22,9 +22,9 @@ import trio
 from appliance.config import Limits
 from appliance.engine.client import (
     EngineAddress,
+    EngineConnection,
     EngineResponse,
     error_event_reason,
-    open_exchange,
     read_refusal,
 )
 from appliance.errors import (
@@ -64,42 +64,63 @@ class EventSource(Protocol):
     ) -> None: ...
 
 
+def connect(address: EngineAddress, exchange: Exchange, *, count: int) -> list[EngineConnection]:
+    """Begin to connect to the engine, for so many requests; nothing is sent.
+
+    The connections belong to the exchange from here on: its end closes them.
+
+    Raises:
+        EngineUnavailable: the engine does not take them, or there is no descriptor left.
+    """
+    connections = list[EngineConnection]()
+    for _ in range(count):
+        connection = EngineConnection(address)
+        exchange.on_close(connection.close)
+        connections.append(connection)
+    return connections
+
+
 async def forward(
-    address: EngineAddress,
+    connections: Sequence[EngineConnection],
     request: InferenceRequest,
     plans: Sequence[ChoicePlan],
     exchange: Exchange,
     aborts: Aborts,
     *,
     work: Work,
+    until: float,
 ) -> list[EngineResponse]:
     """Send the engine one request per planned choice.
 
-    The connections belong to the exchange from here on: its end closes them, and aborts what the
-    engine has not answered completely.
+    The end of the exchange aborts what the engine has not answered completely.
 
     Args:
+        connections: of the exchange, one for each plan.
         work: how to put a body of this size in canonical form.
+        until: when each of them must have been sent, on Trio's clock.
 
     Raises:
-        EngineUnavailable: the engine does not take them, or they were not written in time.
+        EngineUnavailable: the engine does not take them.
+        EngineStreamFailed: it did not take them in time.
         ApplianceError: the exchange was interrupted; what was not sent yet is never sent.
     """
-
-    async def send(body: bytes) -> EngineResponse:
-        response = await open_exchange(address, "POST", request.endpoint.value, body)
-        exchange.on_close(response.close)
-        return response
-
+    path = request.endpoint.value
     responses = []
-    for plan in plans:
+    for connection, plan in zip(connections, plans, strict=True):
         try:
             body = await work(partial(forwarded_body, request.body, plan))
         except Overloaded as error:
             raise EngineUnavailable(f"the request was not sent: {error.message}") from error
         if "rid" in plan.set:  # embeddings have none; the engine notices when nobody listens
             exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
-        responses.append(await exchange.unless_interrupted(partial(send, body)))
+        if exchange.interrupted is not None:
+            raise exchange.interrupted
+        if not connection.ask_now("POST", path, body):
+            try:
+                await exchange.unless_interrupted(connection.ask_rest, until=until)
+            except trio.TooSlowError:
+                raise EngineStreamFailed("the engine did not take the request in time") from None
+        responses.append(EngineResponse(connection))
     return responses
 
 

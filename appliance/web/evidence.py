@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import trio
 
-from appliance.errors import AttestationFailed, AttesterError, EvidenceError
+from appliance.errors import ApplianceError, AttestationFailed, AttesterError, EvidenceError
+from appliance.serving.admission import Exchange
+from appliance.serving.epochs import Attested, Epochs, Member
 
 T = TypeVar("T")
+
+FRESH_S = 1.0
+"""For a request whose evidence was there before it was read and had its place at the engine."""
 
 
 async def evidence_or_refusal(seconds: float, step: Callable[[], Awaitable[T]]) -> T:
@@ -27,6 +32,69 @@ async def evidence_or_refusal(seconds: float, step: Callable[[], Awaitable[T]]) 
         raise evidence_late(seconds) from None
 
 
+class RequestEvidence:
+    """A request's place in line for evidence.
+
+    It is taken as soon as the request's commitment is known: while the device works, the request
+    is read and a place at the engine found. Where that place is long in coming it is collected
+    anew, so that it is never older than `FRESH_S`; but for a configuration that names an age. So it
+    is where the device failed before.
+    """
+
+    def __init__(
+        self, epochs: Epochs, commitment: bytes, *, within_s: float, unsafe_max_age_s: float
+    ) -> None:
+        """Stand in line.
+
+        Args:
+            commitment: 32 bytes, the leaf.
+            within_s: how long `attested` waits.
+            unsafe_max_age_s: up to which evidence is used that was not made for this request, as
+                its receipt will say; 0 never.
+        """
+        self._epochs = epochs
+        self._commitment = commitment
+        self._within_s = within_s
+        self._unsafe_max_age_s = unsafe_max_age_s
+        self._member: Member | None = None
+        if unsafe_max_age_s == 0:
+            with suppress(ApplianceError):  # told where it matters: `attested` tries again
+                self._member = epochs.enter("request", commitment)
+
+    async def make_way(self) -> None:
+        """Let those who come in the same moment stand in line first, if the device is about to be
+        asked; bounded by `Epochs.make_way`."""
+        if self._member is not None:
+            await self._epochs.make_way()
+
+    async def attested(self, exchange: Exchange) -> Attested:
+        """Wait for it.
+
+        Raises:
+            AttestationFailed: it could not be had in time, or it does not hold.
+            Overloaded: too many wait.
+            ApplianceError: the exchange was interrupted; this is the reason.
+        """
+        if self._unsafe_max_age_s > 0:
+            earlier = self._epochs.reuse("request", unsafe_max_age_s=self._unsafe_max_age_s)
+            if earlier is not None and exchange.interrupted is None:
+                return earlier
+        try:
+            if self._member is None or self._member.past(FRESH_S):
+                self._member = self._epochs.enter("request", self._commitment)
+            until = trio.current_time() + self._within_s
+            return await exchange.unless_interrupted(self._member.wait, until=until)
+        except (AttesterError, EvidenceError) as error:
+            raise _refusal(error) from error
+        except trio.TooSlowError:
+            raise evidence_late(self._within_s) from None
+
+    def leave(self) -> None:
+        """Wait no longer. Idempotent."""
+        if self._member is not None and not self._member.settled.is_set():
+            self._epochs.leave(self._member)
+
+
 @contextmanager
 def evidence_refusals() -> Iterator[None]:
     """What is wrong with evidence, as it is told; for whoever has a deadline of his own.
@@ -37,7 +105,11 @@ def evidence_refusals() -> Iterator[None]:
     try:
         yield
     except (AttesterError, EvidenceError) as error:
-        raise AttestationFailed(f"no evidence that holds: {error.code}") from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: AttesterError | EvidenceError) -> AttestationFailed:
+    return AttestationFailed(f"no evidence that holds: {error.code}")
 
 
 def evidence_late(seconds: float) -> AttestationFailed:

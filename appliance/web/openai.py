@@ -14,7 +14,7 @@ from quart import Response, after_this_request, request
 from quart_trio import QuartTrio
 
 from appliance.config import MeasuredConfig
-from appliance.engine.client import EngineAddress
+from appliance.engine.client import EngineAddress, EngineResponse
 from appliance.errors import (
     ApplianceError,
     EngineError,
@@ -30,7 +30,7 @@ from appliance.errors import (
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import Authenticator, Tenant, cache_salt, known
-from appliance.serving.epochs import Attested, Epochs
+from appliance.serving.epochs import Epochs
 from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk, forwarded_hash_of
 from appliance.serving.metrics import (
     CLIENT_DISCONNECTED,
@@ -41,13 +41,14 @@ from appliance.serving.relay import (
     EventSource,
     collect_answer,
     collect_embeddings,
+    connect,
     event_source,
     forward,
 )
 from appliance.serving.tokenizing import ModelTokenizer
 from appliance.serving.workers import Work, Workers
 from appliance.web.bodies import read_body
-from appliance.web.evidence import evidence_or_refusal
+from appliance.web.evidence import RequestEvidence, evidence_or_refusal
 from appliance.web.problem import defect, error_body, problem
 from appliance.web.stream import EventStreamBody, ProvenStreamBody, StreamProof, WholeAnswerBody
 from appliance.wire.canonical import (
@@ -191,13 +192,20 @@ class _Arrival:
 
 @dataclass(frozen=True, slots=True)
 class _Admitted:
-    """A request that was understood and admitted, with evidence that covers it."""
+    """A request that was understood and admitted, and forwarded under evidence that covers it.
+
+    Attributes:
+        responses: the engine's, one for each plan.
+        first_deadline: on Trio's clock, of the engine's first event.
+    """
 
     arrival: _Arrival
     wanted: InferenceRequest
     plans: tuple[ChoicePlan, ...]
     exchange: Exchange
     response_id: str
+    responses: list[EngineResponse]
+    first_deadline: float
 
 
 async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
@@ -241,8 +249,16 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
 async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
     """The other steps of `infer`."""
     record = arrival.record
-    # 3. Understand, every key or none.
+    # 3. Stand in line for evidence that covers this request; meanwhile understand, every key or none.
     _client_nonce()
+    evidence = RequestEvidence(
+        services.epochs,
+        record.commitment,
+        within_s=services.evidence_s,
+        unsafe_max_age_s=services.config.attestation.unsafe_max_evidence_age_s,
+    )
+    arrival.cleanup.callback(evidence.leave)
+    await evidence.make_way()
     response_id = arrival.endpoint.id_prefix + services.random(16).hex()
     wanted = await arrival.work(partial(_understand, services, arrival.endpoint, arrival.raw))
     _check_transport(wanted)
@@ -260,14 +276,24 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
     exchange = await services.admission.admit(arrival.tenant, places=len(plans))
     arrival.cleanup.callback(exchange.release)
     arrival.cleanup.callback(_tell_interrupted, arrival, exchange)
-    # 5. Fresh evidence that covers this request, appraised before anything of it is forwarded.
     record.begin()
-    attested = await exchange.unless_interrupted(partial(_evidence, services, record))
-    record.admitted(attested)
-    # 6. Forward and relay.
-    record.forwarded(body_hash, plans)
-    admitted = _Admitted(arrival, wanted, plans, exchange, response_id)
     try:
+        # 5. The evidence is fresh and was appraised before anything of the request is forwarded.
+        connections = connect(services.engine, exchange, count=len(plans))
+        record.admitted(await evidence.attested(exchange))
+        # 6. Forward and relay.
+        record.forwarded(body_hash, plans)
+        deadline = trio.current_time() + services.config.limits.engine_first_event_s
+        responses = await forward(
+            connections,
+            wanted,
+            plans,
+            exchange,
+            services.aborts,
+            work=arrival.work,
+            until=deadline,
+        )
+        admitted = _Admitted(arrival, wanted, plans, exchange, response_id, responses, deadline)
         if wanted.stream:
             return await _stream(services, admitted)
         return await _complete(services, admitted)
@@ -306,18 +332,6 @@ async def _record_defect(
     return response
 
 
-async def _evidence(services: InferenceServices, record: ExchangeRecord) -> Attested:
-    """Evidence made for this request; or, where the configuration names it, a recent one that was
-    not, which the receipt then says."""
-    max_age_s = services.config.attestation.unsafe_max_evidence_age_s
-    if max_age_s > 0:
-        earlier = services.epochs.reuse("request", unsafe_max_age_s=max_age_s)
-        if earlier is not None:
-            return earlier
-    join = partial(services.epochs.join, "request", record.commitment)
-    return await evidence_or_refusal(services.evidence_s, join)
-
-
 def _check_path() -> None:
     """A receipt names the path as it was received, so there is one way to write each.
 
@@ -353,19 +367,11 @@ async def _complete(services: InferenceServices, one: _Admitted) -> Response:
     limits, record, wanted = services.config.limits, one.arrival.record, one.wanted
     try:
         with trio.fail_after(limits.generation_s):
-            responses = await forward(
-                services.engine,
-                wanted,
-                one.plans,
-                one.exchange,
-                services.aborts,
-                work=one.arrival.work,
-            )
             if wanted.endpoint is Endpoint.EMBEDDINGS:
-                answer = await collect_embeddings(responses[0], wanted, limits)
+                answer = await collect_embeddings(one.responses[0], wanted, limits)
             else:
                 answer = await collect_answer(
-                    responses, one.plans, limits, response_id=one.response_id
+                    one.responses, one.plans, limits, response_id=one.response_id
                 )
         one.exchange.complete()
     except trio.TooSlowError:
@@ -405,26 +411,13 @@ async def _proof(services: InferenceServices, one: _Admitted) -> JsonObject:
 async def _stream(services: InferenceServices, one: _Admitted) -> Response:
     """The head waits for the engine's, so that its refusals keep their status; but no longer than
     a heartbeat, after which the client hears pings."""
-    limits, wanted = services.config.limits, one.wanted
-    deadline = trio.current_time() + limits.engine_first_event_s
-    try:
-        with trio.fail_at(deadline):
-            responses = await forward(
-                services.engine,
-                wanted,
-                one.plans,
-                one.exchange,
-                services.aborts,
-                work=one.arrival.work,
-            )
-    except trio.TooSlowError:
-        raise EngineStreamFailed("the engine did not take the request in time") from None
-    source = event_source(responses, one.plans, limits, response_id=one.response_id)
+    limits = services.config.limits
+    source = event_source(one.responses, one.plans, limits, response_id=one.response_id)
     with trio.move_on_after(limits.heartbeat_s) as silence:
         await source.start()
     begun = not silence.cancelled_caught
     response = Response(
-        _stream_body(services, one, source, begun=begun, first_deadline=deadline),
+        _stream_body(services, one, source, begun=begun),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache"},
     )
@@ -438,13 +431,15 @@ def _stream_body(
     source: EventSource,
     *,
     begun: bool,
-    first_deadline: float,
 ) -> EventStreamBody:
     wanted, arrival, limits = one.wanted, one.arrival, services.config.limits
     parts = (source, one.exchange, limits, arrival.observed, arrival.record)
     if not wanted.proof.wanted:
         return EventStreamBody(
-            *parts, begun=begun, first_deadline=first_deadline, usage_asked=wanted.include_usage
+            *parts,
+            begun=begun,
+            first_deadline=one.first_deadline,
+            usage_asked=wanted.include_usage,
         )
 
     def last_chunk(members: JsonObject) -> JsonObject:
@@ -459,7 +454,7 @@ def _stream_body(
     return ProvenStreamBody(
         *parts,
         begun=begun,
-        first_deadline=first_deadline,
+        first_deadline=one.first_deadline,
         usage_asked=wanted.include_usage,
         proof=StreamProof(wanted.proof, last_chunk, services.epochs, services.evidence_s),
     )

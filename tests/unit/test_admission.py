@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,7 @@ from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import ANONYMOUS, Tenant
 from appliance.serving.lifecycle import Lifecycle, State
-from appliance.serving.relay import forward
+from appliance.serving.relay import connect, forward
 from appliance.serving.turns import FREE_SHARE, RETRY_AFTER_S
 from appliance.serving.workers import Workers
 from appliance.wire.openai import Endpoint, parse_request, plan_choices
@@ -687,7 +688,16 @@ async def test_nothing_of_an_interrupted_exchange_reaches_the_engine() -> None:
         plans = plan_choices(request, response_id="r", seed=1, cache_salt="s", max_choices=1)
         work = Workers("bodies", max_waiting=1, max_wait_s=1).for_size("alice", size=1)
         with pytest.raises(NotServing):
-            await forward(address, request, plans, exchange, Aborts(address, log=LOG), work=work)
+            connections = connect(address, exchange, count=len(plans))
+            await forward(
+                connections,
+                request,
+                plans,
+                exchange,
+                Aborts(address, log=LOG),
+                work=work,
+                until=math.inf,
+            )
         await trio.testing.wait_all_tasks_blocked(0.05)
         nursery.cancel_scope.cancel()
     assert not asked  # not one byte, though it may have been connected to

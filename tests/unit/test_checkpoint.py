@@ -436,7 +436,7 @@ class Stream:
     calls: int = 0
     left: bool = False
 
-    async def collect(self, nonce: bytes) -> tuple[GpuEvidence, ...]:
+    async def collect(self, nonce: bytes, _asked: Callable[[], None]) -> tuple[GpuEvidence, ...]:
         self.calls += 1
         await trio.sleep(self.report_s if self.calls > 1 else 0)
         if self.fault is not None and self.calls > 1:

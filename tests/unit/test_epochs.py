@@ -43,9 +43,10 @@ class Device:
     busy: bool = False
     fault: Callable[[int], ApplianceError | None] = lambda _number: None
 
-    async def collect(self, nonce: bytes) -> tuple[GpuEvidence, ...]:
+    async def collect(self, nonce: bytes, asked: Callable[[], None]) -> tuple[GpuEvidence, ...]:
         assert not self.busy, "the device was asked twice at once"
         self.busy = True
+        asked()
         try:
             self.nonces.append(nonce)
             await trio.sleep(self.report_s)
@@ -140,6 +141,111 @@ async def test_who_comes_when_the_first_does_is_in_the_first_epoch(
     assert len(device.nonces) == 2
     # Nobody waits for the others longer than the event loop takes to see to them.
     assert waited == pytest.approx([REPORT_S] * 257)
+
+
+async def test_the_device_works_on_while_an_epoch_is_appraised(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """It once waited for each appraisal, and for all whom that had woken."""
+    device = Device()
+    concluded: list[bytes] = []
+
+    async def appraise(gpus: tuple[GpuEvidence, ...], nonce: bytes) -> AttestationResult:
+        await trio.sleep(REPORT_S / 2)
+        concluded.append(nonce)
+        return await affirm(gpus, nonce)
+
+    epochs = make(device, appraise=appraise)
+    settled: list[float] = []
+
+    async def one(number: int) -> None:
+        check(await epochs.join("request", commitment(number)), number)
+        settled.append(trio.current_time())
+
+    began = trio.current_time()
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        async with trio.open_nursery() as requests:
+            for number in range(4):
+                requests.start_soon(one, number)
+                await trio.sleep(0.9 * REPORT_S)
+        owner.cancel_scope.cancel()
+    assert concluded == device.nonces
+    # Back to back on the device; each is appraised half a report later.
+    assert [at - began for at in settled] == pytest.approx(
+        [(number + 1.5) * REPORT_S for number in range(4)]
+    )
+
+
+async def test_appraisals_that_take_longer_than_the_device_keep_their_order(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    device = Device()
+    concluded: list[bytes] = []
+
+    async def appraise(gpus: tuple[GpuEvidence, ...], nonce: bytes) -> AttestationResult:
+        await trio.sleep(3 * REPORT_S / len(device.nonces))  # the first ones longest
+        concluded.append(nonce)
+        return await affirm(gpus, nonce)
+
+    epochs = make(device, appraise=appraise)
+
+    async def one(number: int) -> None:
+        check(await epochs.join("request", commitment(number)), number)
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        async with trio.open_nursery() as requests:
+            for number in range(6):
+                requests.start_soon(one, number)
+                await trio.sleep(0.9 * REPORT_S)
+        owner.cancel_scope.cancel()
+    assert concluded == device.nonces
+
+
+async def test_who_makes_way_goes_on_once_the_device_is_asked(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    device = Device()
+    epochs = make(device)
+    went_on: list[tuple[float, int]] = []
+
+    async def one(number: int) -> None:
+        member = epochs.enter("request", commitment(number))
+        await epochs.make_way()
+        went_on.append((trio.current_time(), epochs.waiting))
+        check(await member.wait(), number)
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        await epochs.join("request", commitment(0))  # how long a report takes is known from here on
+        await trio.sleep(1)
+        began = trio.current_time()
+        async with trio.open_nursery() as requests:
+            for number in range(8):
+                requests.start_soon(one, number)
+                await trio.lowlevel.checkpoint()
+            await trio.sleep(REPORT_S / 3)
+            requests.start_soon(one, 8)  # the device is busy: nothing to make way for
+        owner.cancel_scope.cancel()
+    assert len(device.nonces) == 3
+    assert went_on[:8] == [(began, 0)] * 8
+    [(late, waiting)] = went_on[8:]
+    assert late == pytest.approx(began + REPORT_S / 3)
+    assert waiting == 1
+
+
+async def test_nobody_makes_way_for_ever_when_epochs_end(autojump_clock: trio.abc.Clock) -> None:
+    epochs = make(Device())
+    epochs._asked = trio.Event()  # as while an epoch is left open
+    with trio.fail_after(1):
+        async with trio.open_nursery() as owner:
+            owner.start_soon(epochs.make_way)
+            await trio.testing.wait_all_tasks_blocked()
+            async with trio.open_nursery() as ended:
+                ended.start_soon(epochs.run)
+                await trio.testing.wait_all_tasks_blocked()
+                ended.cancel_scope.cancel()
 
 
 async def test_who_keeps_coming_holds_up_the_first_for_half_a_report_at_most(
@@ -302,6 +408,36 @@ async def test_evidence_that_does_not_hold_withdraws_at_once(
             await trio.sleep(0.01)  # the last two wait for the next epoch, which never comes
     assert seen == [expected] * 3
     assert [type(error) for error in withdrawn] == [expected]
+
+
+async def test_evidence_that_does_not_hold_ends_the_epoch_that_is_being_collected(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    withdrawn: list[ApplianceError] = []
+    device = Device()
+
+    async def refuse(_gpus: tuple[GpuEvidence, ...], _nonce: bytes) -> AttestationResult:
+        await trio.sleep(REPORT_S / 2)
+        raise Unauthentic("bad signature")
+
+    epochs = make(device, withdrawn, refuse)
+    seen: list[float] = []
+
+    async def one(number: int) -> None:
+        with pytest.raises(Unauthentic):
+            await epochs.join("request", commitment(number))
+        seen.append(trio.current_time())
+
+    async with trio.open_nursery() as requests, trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        for number in range(3):
+            requests.start_soon(one, number)
+            await trio.sleep(REPORT_S * 0.7)
+    assert len(device.nonces) == 2
+    assert not device.busy
+    assert len(seen) == 3
+    assert seen == pytest.approx([seen[0]] * 3)  # nobody waits for a collection that is for nothing
+    assert [type(error) for error in withdrawn] == [Unauthentic]
 
 
 async def test_an_appraisal_that_hangs_fails_its_epoch_and_withdraws_after_its_count(
