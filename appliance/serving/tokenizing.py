@@ -15,7 +15,11 @@ _FILE = "tokenizer.json"
 
 
 class ModelTokenizer:
-    """Encodes and decodes. Long texts take a while: not for the event loop's own thread."""
+    """Encodes and decodes. Long texts take a while: not for the event loop's own thread.
+
+    In batches of one: what the library has for a single text holds Python's lock all the while,
+    from any thread, and a batch of several would take every processor.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -23,15 +27,21 @@ class ModelTokenizer:
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""
         return [
-            self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            encoding.ids
             for text in texts
+            for encoding in self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
         ]
 
     def decode(self, batches: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
         """The text of each sequence of token ids; ids the model does not have are left out."""
         return [
-            self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            text
             for ids in batches
+            for text in self._tokenizer.decode_batch(
+                [list(ids)], skip_special_tokens=skip_special_tokens
+            )
         ]
 
 
