@@ -143,11 +143,16 @@ async def collect_answer(
     limits: Limits,
     *,
     response_id: str,
+    work_for: Callable[[int], Work],
 ) -> Answer:
     """The whole answer of a request that is not streamed.
 
+    Args:
+        work_for: how to read an answer of so many bytes.
+
     Raises:
         EngineError: the engine refused, failed, or answered something that is not an answer.
+        Overloaded: too many answers are being read.
     """
     bodies: list[bytes] = [b""] * len(responses)
 
@@ -158,6 +163,13 @@ async def collect_answer(
         await collect(0)
     else:
         await _all_or_first_error([partial(collect, n) for n in range(len(responses))])
+    read = partial(_read_answers, bodies, plans, limits, response_id=response_id)
+    return await work_for(sum(map(len, bodies)))(read)
+
+
+def _read_answers(
+    bodies: Sequence[bytes], plans: Sequence[ChoicePlan], limits: Limits, *, response_id: str
+) -> Answer:
     try:
         answers = [parse_json_object(body, max_nesting=limits.max_nesting) for body in bodies]
         if len(answers) == 1:
@@ -169,15 +181,27 @@ async def collect_answer(
 
 
 async def collect_embeddings(
-    response: EngineResponse, request: InferenceRequest, limits: Limits
+    response: EngineResponse,
+    request: InferenceRequest,
+    limits: Limits,
+    *,
+    work_for: Callable[[int], Work],
 ) -> Answer:
     """The embeddings of a request, under the model's public name: SGLang tells its folder.
+
+    Args:
+        work_for: as `collect_answer`.
 
     Raises:
         EngineError: the engine refused, failed, or answered something else than one embedding for
             each text, all of one length and of finite binary32 numbers.
+        Overloaded: as `collect_answer`.
     """
     body = await _answer_body(response, limits)
+    return await work_for(len(body))(partial(_read_embeddings, body, request))
+
+
+def _read_embeddings(body: bytes, request: InferenceRequest) -> Answer:
     try:
         embeddings = decode_embeddings(body)
         count = len(embeddings.vectors())

@@ -96,7 +96,8 @@ class InferenceServices:
         random: so many random bytes.
         created: Unix seconds told as the model's creation: when this appliance booted.
         tokenizer: None when the model has no usable tokenizer file.
-        parsing: of large bodies, and putting them in canonical form. tokenizing: of any.
+        parsing: of large bodies and answers, and putting them in canonical form. tokenizing: of
+            any.
         vocabulary_size: token ids are below it; None when the model does not say: none are taken.
         evidence_s: seconds that a request may wait for its evidence.
     """
@@ -177,13 +178,15 @@ class _Arrival:
 
     Attributes:
         raw: the wire body.
-        work: how to do what takes as long as the body is large.
+        work_for: how to do what takes as long as something of so many bytes is large. work: the
+            body.
         cleanup: run when the request is over, however it ended.
     """
 
     endpoint: Endpoint
     tenant: Tenant
     raw: bytes = field(repr=False)
+    work_for: Callable[[int], Work]
     work: Work
     cleanup: ExitStack
     observed: ExchangeMetrics
@@ -227,10 +230,11 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
     record = _open_record(services, tenant, raw)
     cleanup.callback(record.abandoned)
     try:
-        work = services.parsing.for_size(tenant.id, len(raw))
-        response = await _infer(
-            services, _Arrival(endpoint, tenant, raw, work, cleanup, observed, record)
+        work_for = partial(services.parsing.for_size, tenant.id)
+        arrival = _Arrival(
+            endpoint, tenant, raw, work_for, work_for(len(raw)), cleanup, observed, record
         )
+        response = await _infer(services, arrival)
     except ApplianceError as error:
         observed.end(error.code)
         if isinstance(error, RateLimited):  # it was not looked at, and leaves no receipt
@@ -365,13 +369,20 @@ def _client_nonce() -> bytes | None:
 
 async def _complete(services: InferenceServices, one: _Admitted) -> Response:
     limits, record, wanted = services.config.limits, one.arrival.record, one.wanted
+    work_for = one.arrival.work_for
     try:
         with trio.fail_after(limits.generation_s):
             if wanted.endpoint is Endpoint.EMBEDDINGS:
-                answer = await collect_embeddings(one.responses[0], wanted, limits)
+                answer = await collect_embeddings(
+                    one.responses[0], wanted, limits, work_for=work_for
+                )
             else:
                 answer = await collect_answer(
-                    one.responses, one.plans, limits, response_id=one.response_id
+                    one.responses,
+                    one.plans,
+                    limits,
+                    response_id=one.response_id,
+                    work_for=work_for,
                 )
         one.exchange.complete()
     except trio.TooSlowError:
@@ -381,7 +392,8 @@ async def _complete(services: InferenceServices, one: _Admitted) -> Response:
     data = answer.data
     if wanted.proof.at_end:
         encode = encode_answer if wanted.endpoint is Endpoint.EMBEDDINGS else canonical_json
-        data = encode({**answer.value, **await _proof(services, one)})
+        proven = {**answer.value, **await _proof(services, one)}
+        data = await work_for(len(data))(partial(encode, proven))
     response = Response(
         WholeAnswerBody(data, one.arrival.observed, record), content_type="application/json"
     )
