@@ -274,7 +274,8 @@ class _Appliance:
             random=self.random,
             created=int(self.wall_clock()),
             epochs=booted.epochs,
-            evidence_s=2 * self.config.attestation.collect_s + SLACK_S,
+            # The epoch that is being collected, his own, and an appraisal that both wait for.
+            evidence_s=3 * self.config.attestation.collect_s + SLACK_S,
             receipts=ReceiptDesk(
                 identity=booted.identity,
                 store=self.receipts,

@@ -33,6 +33,7 @@ LOOPBACK = "127.0.0.1"
 
 _RECEIVE_BYTES = 65_536
 _MAX_ERROR_BYTES = 65_536
+_NOTHING = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,20 @@ class EngineConnection:
         """
         self.closed = False
         self._address = address
-        self._unsent = memoryview(b"")
-        try:
-            self.socket = socket.socket(
-                socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-            )
-        except OSError as error:
-            raise _unavailable() from error
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.connect_ex((address.host, address.port))
+        self._unsent = _NOTHING
+        with ExitStack() as unless_opened:
+            try:
+                self.socket = unless_opened.enter_context(
+                    socket.socket(
+                        socket.AF_INET,
+                        socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+                    )
+                )
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            except OSError as error:
+                raise _unavailable() from error
+            self.socket.connect_ex((address.host, address.port))
+            unless_opened.pop_all()
 
     def ask_now(self, method: str, path: str, body: bytes = b"") -> bool:
         """Send the one request; whether the kernel took all of it. If not, `ask_rest` sends the rest.
@@ -95,6 +101,7 @@ class EngineConnection:
         """Close it, which aborts what the engine is doing. Any task may, at any time. Idempotent."""
         if not self.closed:
             self.closed = True
+            self._unsent = _NOTHING
             trio.lowlevel.notify_closing(self.socket)
             self.socket.close()
 
@@ -106,6 +113,7 @@ class EngineConnection:
             return False
         except OSError as error:
             raise _unavailable() from error
+        self._unsent = _NOTHING  # an empty part would hold the whole
         return True
 
 

@@ -40,7 +40,7 @@ from appliance.wire.merkle import MAX_LEAVES, MerkleTree
 T = TypeVar("T")
 
 MAX_WAITING = 8 * MAX_LEAVES
-"""Members in line; far beyond what admission lets through."""
+"""Members in line; far beyond what admission and the reports' rates let through."""
 
 GATHER_TURNS = 8
 """Of the event loop in which nobody came, until an epoch after an idle time is closed. A request
@@ -88,18 +88,13 @@ class Member:
     kind: Kind
     commitment: bytes
     settled: trio.Event = field(default_factory=trio.Event)
-    settled_at: float = math.inf
     attested: Attested | None = None
     error: ApplianceError | None = None
 
     def settle(self, attested: Attested | None, error: ApplianceError | None) -> None:
         """Tell it what its wait came to."""
-        self.attested, self.error, self.settled_at = attested, error, trio.current_time()
+        self.attested, self.error = attested, error
         self.settled.set()
-
-    def past(self, seconds: float) -> bool:
-        """Whether its wait ended with nothing, or longer ago than this."""
-        return self.error is not None or trio.current_time() > self.settled_at + seconds
 
     async def wait(self) -> Attested:
         """Wait for the share; cancelled, it can be waited for again.
@@ -166,6 +161,11 @@ class Epochs:
         self.last: Epoch | None = None
 
     @property
+    def ended(self) -> ApplianceError | None:
+        """Why there will be no further epoch; None while there will."""
+        return self._ended
+
+    @property
     def waiting(self) -> int:
         """Members of the next epoch so far."""
         return len(self._waiting)
@@ -210,7 +210,7 @@ class Epochs:
 
     def leave(self, member: Member) -> None:
         """No longer wait, if it still does. Idempotent."""
-        if member in self._waiting:
+        if not member.settled.is_set() and member in self._waiting:
             self._waiting.remove(member)
 
     def reuse(self, kind: Kind, *, unsafe_max_age_s: float) -> Attested | None:
@@ -290,21 +290,24 @@ class Epochs:
         nonce = epoch_nonce(keyset_digest, tree.size, tree.root)
         # 2. Every GPU's evidence over it.
         began = trio.current_time()
-        deadline = began + self._deadline_s
+        collect = partial(self._collect, nonce, self._asked.set)
         try:
-            gpus = await self._in_time(deadline, partial(self._collect, nonce, self._asked.set))
+            gpus = await self._in_time(began + self._deadline_s, collect)
         except (AttesterError, EvidenceError):
+            self._asked.set()
             async with self._settling:  # counted after the epochs before it
                 device_is_free()
+                await trio.lowlevel.checkpoint_if_cancelled()  # one of them may have ended it all
                 raise
-        finally:
-            self._asked.set()
+        self._asked.set()
         self._collection_s = trio.current_time() - began
         collected_at = self._now()
-        # 3. Appraised, behind the epochs before it, before anybody goes on.
+        # 3. Appraised, behind the epochs before it, before anybody goes on. What those take is not
+        #    of this one's time.
         async with self._settling:
             device_is_free()
-            await trio.lowlevel.checkpoint_if_cancelled()  # one before it may have ended it all
+            await trio.lowlevel.checkpoint_if_cancelled()
+            deadline = trio.current_time() + self._deadline_s - self._collection_s
             result = await self._in_time(deadline, partial(self._appraise, gpus, nonce))
             result.require()
             epoch = Epoch(
@@ -321,7 +324,7 @@ class Epochs:
         return epoch
 
     async def _in_time(self, deadline: float, step: Callable[[], Awaitable[T]]) -> T:
-        """What a step of an epoch comes to, by the deadline that both have together."""
+        """What a step of an epoch comes to."""
         try:
             with trio.fail_at(deadline):
                 return await step()
@@ -354,7 +357,11 @@ class Epochs:
 
     def age_s(self) -> float:
         """Seconds since the last evidence that was accepted was collected."""
-        return math.inf if self.last is None else max(0.0, self._now() - self.last.collected_at)
+        return math.inf if self.last is None else self.age_of_s(self.last)
+
+    def age_of_s(self, epoch: Epoch) -> float:
+        """Seconds since its evidence was collected."""
+        return max(0.0, self._now() - epoch.collected_at)
 
 
 def _ending() -> ApplianceError:

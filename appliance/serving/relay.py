@@ -97,11 +97,11 @@ async def forward(
     Args:
         connections: of the exchange, one for each plan.
         work: how to put a body of this size in canonical form.
-        until: when each of them must have been sent, on Trio's clock.
+        until: when all of them must have been sent, on Trio's clock.
 
     Raises:
         EngineUnavailable: the engine does not take them.
-        EngineStreamFailed: it did not take them in time.
+        EngineStreamFailed: they could not be sent in time.
         ApplianceError: the exchange was interrupted; what was not sent yet is never sent.
     """
     path = request.endpoint.value
@@ -115,6 +115,8 @@ async def forward(
             exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
         if exchange.interrupted is not None:
             raise exchange.interrupted
+        if trio.current_time() >= until:
+            raise EngineStreamFailed("the request could not be sent in time")
         if not connection.ask_now("POST", path, body):
             try:
                 await exchange.unless_interrupted(connection.ask_rest, until=until)

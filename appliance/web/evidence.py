@@ -14,8 +14,9 @@ from appliance.serving.epochs import Attested, Epochs, Member
 
 T = TypeVar("T")
 
+
 FRESH_S = 1.0
-"""For a request whose evidence was there before it was read and had its place at the engine."""
+"""Between a collection and the moment when a request that stood in line has its place."""
 
 
 async def evidence_or_refusal(seconds: float, step: Callable[[], Awaitable[T]]) -> T:
@@ -36,9 +37,8 @@ class RequestEvidence:
     """A request's place in line for evidence.
 
     It is taken as soon as the request's commitment is known: while the device works, the request
-    is read and a place at the engine found. Where that place is long in coming it is collected
-    anew, so that it is never older than `FRESH_S`; but for a configuration that names an age. So it
-    is where the device failed before.
+    is read and a place at the engine found. Where that place is long in coming, or the device has
+    failed meanwhile, the request stands in line again.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class RequestEvidence:
             await self._epochs.make_way()
 
     async def attested(self, exchange: Exchange) -> Attested:
-        """Wait for it.
+        """Wait for evidence; none is used that was collected longer than `FRESH_S` ago when this is
+        called.
 
         Raises:
             AttestationFailed: it could not be had in time, or it does not hold.
@@ -80,18 +81,27 @@ class RequestEvidence:
             if earlier is not None and exchange.interrupted is None:
                 return earlier
         try:
-            if self._member is None or self._member.past(FRESH_S):
+            if self._member is None or self._past(self._member):
                 self._member = self._epochs.enter("request", self._commitment)
             until = trio.current_time() + self._within_s
-            return await exchange.unless_interrupted(self._member.wait, until=until)
+            attested = await exchange.unless_interrupted(self._member.wait, until=until)
+            if self._epochs.ended is not None:  # after it was settled
+                raise self._epochs.ended
         except (AttesterError, EvidenceError) as error:
             raise _refusal(error) from error
         except trio.TooSlowError:
             raise evidence_late(self._within_s) from None
+        return attested
+
+    def _past(self, member: Member) -> bool:
+        """Whether its wait ended with nothing, or too long ago."""
+        if member.attested is None:
+            return member.error is not None
+        return self._epochs.age_of_s(member.attested.epoch) > FRESH_S
 
     def leave(self) -> None:
         """Wait no longer. Idempotent."""
-        if self._member is not None and not self._member.settled.is_set():
+        if self._member is not None:
             self._epochs.leave(self._member)
 
 

@@ -1,4 +1,5 @@
-"""OpenAI's endpoints: read, understand, admit, attest, forward, relay, in that order."""
+"""OpenAI's endpoints: read, understand, admit, forward, relay, in that order; attested between
+the reading, when a request stands in line for its evidence, and the forwarding, which waits for it."""
 
 from __future__ import annotations
 
@@ -199,7 +200,7 @@ class _Admitted:
 
     Attributes:
         responses: the engine's, one for each plan.
-        first_deadline: on Trio's clock, of the engine's first event.
+        deadline: on Trio's clock, of a stream's first event or of a whole answer.
     """
 
     arrival: _Arrival
@@ -208,7 +209,7 @@ class _Admitted:
     exchange: Exchange
     response_id: str
     responses: list[EngineResponse]
-    first_deadline: float
+    deadline: float
 
 
 async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
@@ -253,7 +254,9 @@ async def infer(endpoint: Endpoint, services: InferenceServices) -> Response:
 async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
     """The other steps of `infer`."""
     record = arrival.record
-    # 3. Stand in line for evidence that covers this request; meanwhile understand, every key or none.
+    limits = services.config.limits
+    # 3. Stand in line for evidence that covers this request. What follows is done while the device
+    #    works.
     _client_nonce()
     evidence = RequestEvidence(
         services.epochs,
@@ -263,6 +266,7 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
     )
     arrival.cleanup.callback(evidence.leave)
     await evidence.make_way()
+    # 4. Understand, every key or none.
     response_id = arrival.endpoint.id_prefix + services.random(16).hex()
     wanted = await arrival.work(partial(_understand, services, arrival.endpoint, arrival.raw))
     _check_transport(wanted)
@@ -273,21 +277,23 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
         response_id=response_id,
         seed=int.from_bytes(services.random(7), "big") & MAX_SAFE_INTEGER,
         cache_salt=cache_salt(services.cache_secret, arrival.tenant),
-        max_choices=services.config.limits.max_choices,
+        max_choices=limits.max_choices,
     )
     body_hash = await arrival.work(partial(forwarded_hash_of, wanted.body, plans))
-    # 4. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
+    # 5. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
     exchange = await services.admission.admit(arrival.tenant, places=len(plans))
     arrival.cleanup.callback(exchange.release)
-    arrival.cleanup.callback(_tell_interrupted, arrival, exchange)
+    arrival.cleanup.callback(_tell_interrupted, arrival.observed, record, exchange)
     record.begin()
     try:
-        # 5. The evidence is fresh and was appraised before anything of the request is forwarded.
         connections = connect(services.engine, exchange, count=len(plans))
-        record.admitted(await evidence.attested(exchange))
-        # 6. Forward and relay.
+        # 6. The evidence is fresh, and was appraised before anything of the request is forwarded.
+        attested = await evidence.attested(exchange)
+        record.admitted(attested)
+        # 7. Forward and relay.
         record.forwarded(body_hash, plans)
-        deadline = trio.current_time() + services.config.limits.engine_first_event_s
+        patience_s = limits.engine_first_event_s if wanted.stream else limits.generation_s
+        deadline = trio.current_time() + patience_s
         responses = await forward(
             connections,
             wanted,
@@ -317,12 +323,14 @@ def _understand(services: InferenceServices, endpoint: Endpoint, raw: bytes) -> 
     return wanted
 
 
-def _tell_interrupted(arrival: _Arrival, exchange: Exchange) -> None:
+def _tell_interrupted(
+    observed: ExchangeMetrics, record: ExchangeRecord, exchange: Exchange
+) -> None:
     """Where the end came before anything could be told to the client, it was still not the client
     who left. No effect on what has ended already."""
     if exchange.interrupted is not None:
-        arrival.observed.end(exchange.interrupted.code)
-        arrival.record.failed(exchange.interrupted)
+        observed.end(exchange.interrupted.code)
+        record.failed(exchange.interrupted)
 
 
 async def _record_defect(
@@ -371,7 +379,7 @@ async def _complete(services: InferenceServices, one: _Admitted) -> Response:
     limits, record, wanted = services.config.limits, one.arrival.record, one.wanted
     work_for = one.arrival.work_for
     try:
-        with trio.fail_after(limits.generation_s):
+        with trio.fail_at(one.deadline):
             if wanted.endpoint is Endpoint.EMBEDDINGS:
                 answer = await collect_embeddings(
                     one.responses[0], wanted, limits, work_for=work_for
@@ -450,25 +458,32 @@ def _stream_body(
         return EventStreamBody(
             *parts,
             begun=begun,
-            first_deadline=one.first_deadline,
+            first_deadline=one.deadline,
             usage_asked=wanted.include_usage,
         )
 
-    def last_chunk(members: JsonObject) -> JsonObject:
-        return checkpoint_chunk(
-            object=wanted.endpoint.chunk_object,
-            response_id=one.response_id,
-            created=int(services.receipts.now()),
-            model=wanted.model,
-            members=members,
-        )
+    last_chunk = partial(  # without the request, which nobody needs while its answer runs
+        _last_chunk, services.receipts, wanted.endpoint, one.response_id, wanted.model
+    )
 
     return ProvenStreamBody(
         *parts,
         begun=begun,
-        first_deadline=one.first_deadline,
+        first_deadline=one.deadline,
         usage_asked=wanted.include_usage,
         proof=StreamProof(wanted.proof, last_chunk, services.epochs, services.evidence_s),
+    )
+
+
+def _last_chunk(
+    receipts: ReceiptDesk, endpoint: Endpoint, response_id: str, model: str, members: JsonObject
+) -> JsonObject:
+    return checkpoint_chunk(
+        object=endpoint.chunk_object,
+        response_id=response_id,
+        created=int(receipts.now()),
+        model=model,
+        members=members,
     )
 
 

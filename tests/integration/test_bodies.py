@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tracemalloc
 from pathlib import Path
 
 import httpx2
@@ -152,3 +154,28 @@ async def test_a_body_counts_while_its_request_waits_and_no_longer(
         assert await held(appliance) == 0
         lines = [line async for line in answer.aiter_lines()]
     assert lines[-2:] == ["data: [DONE]", ""]
+
+
+@pytest.mark.parametrize("proven", [False, True])
+async def test_a_running_stream_keeps_nothing_of_its_request(
+    nursery: trio.Nursery, tmp_path: Path, proven: bool
+) -> None:
+    """Each kept its raw body, what that was parsed into, and what was sent, until its end."""
+    appliance = await start_appliance(nursery, tmp_path)
+    size = 1 << 20
+    question = {"role": "user", "content": "[[mode:slow:50]] Go " + "o" * size}
+    body = {"model": MODEL, "messages": [question], "stream": True, "max_tokens": 1000}
+    raw = json.dumps({**body, "tee": proven, "ignore_eos": True}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(raw)}\r\n\r\n".encode()
+    tracemalloc.start()
+    try:
+        async with Wire.open(appliance) as wire:
+            before, _ = tracemalloc.get_traced_memory()
+            await wire.send(head + raw)
+            await wire.read_until(b"data: ")
+            await wire.read_until(b"data: ")
+            gc.collect()
+            after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < size / 2

@@ -18,6 +18,7 @@ from appliance.engine.client import EngineAddress
 from appliance.errors import (
     ApplianceError,
     EngineDied,
+    EngineStreamFailed,
     InvalidRequest,
     NotServing,
     Overloaded,
@@ -671,9 +672,12 @@ async def test_a_step_of_an_exchange_that_goes_on_has_its_result_and_its_own_err
     exchange.release()
 
 
-async def test_nothing_of_an_interrupted_exchange_reaches_the_engine() -> None:
+@pytest.mark.parametrize("why", ["interrupted", "late"])
+async def test_what_may_not_be_sent_any_more_does_not_reach_the_engine(why: str) -> None:
     exchange = await admit(serving())
-    exchange.interrupt(NotServing("draining"))
+    if why == "interrupted":
+        exchange.interrupt(NotServing("draining"))
+    until = trio.current_time() if why == "late" else math.inf
     asked = b""
 
     async def engine(stream: trio.SocketStream) -> None:
@@ -687,17 +691,10 @@ async def test_nothing_of_an_interrupted_exchange_reaches_the_engine() -> None:
         request = parse_request(Endpoint.COMPLETION, {"model": "m", "prompt": "p"})
         plans = plan_choices(request, response_id="r", seed=1, cache_salt="s", max_choices=1)
         work = Workers("bodies", max_waiting=1, max_wait_s=1).for_size("alice", size=1)
-        with pytest.raises(NotServing):
-            connections = connect(address, exchange, count=len(plans))
-            await forward(
-                connections,
-                request,
-                plans,
-                exchange,
-                Aborts(address, log=LOG),
-                work=work,
-                until=math.inf,
-            )
+        connections = connect(address, exchange, count=len(plans))
+        aborts = Aborts(address, log=LOG)
+        with pytest.raises(NotServing if why == "interrupted" else EngineStreamFailed):
+            await forward(connections, request, plans, exchange, aborts, work=work, until=until)
         await trio.testing.wait_all_tasks_blocked(0.05)
         nursery.cancel_scope.cancel()
     assert not asked  # not one byte, though it may have been connected to

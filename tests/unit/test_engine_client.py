@@ -7,6 +7,8 @@ import os
 import resource
 import socket
 import struct
+import sys
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import trio.testing
 
 from appliance.engine.client import (
     EngineAddress,
+    EngineConnection,
     EngineResponse,
     error_event_reason,
     fetch_status,
@@ -179,6 +182,33 @@ async def drain(stream: trio.SocketStream) -> int:
     while await stream.receive_some(1 << 20):
         pass
     raise EOFError
+
+
+async def test_nothing_of_a_request_is_kept_once_it_is_sent(peer: Peer) -> None:
+    """Every running answer kept its request, beyond what all bodies may take together."""
+    body = bytes(8 << 20)
+    kept = sys.getrefcount(body)
+    connection = EngineConnection(peer.address)
+
+    async def receive() -> None:
+        stream, request = await peer.accept()
+        async with stream:
+            left = len(body) - len(request.partition(b"\r\n\r\n")[2])
+            while left:
+                left -= len(await stream.receive_some(1 << 20))
+
+    tracemalloc.start()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            assert not connection.ask_now("POST", "/", body)
+            assert tracemalloc.get_traced_memory()[0] > len(body)
+            await connection.ask_rest()
+        assert tracemalloc.get_traced_memory()[0] < len(body)
+    finally:
+        tracemalloc.stop()
+    assert sys.getrefcount(body) == kept
+    connection.close()
 
 
 async def test_a_large_request_arrives_whole(peer: Peer) -> None:

@@ -68,13 +68,15 @@ def make(
     withdrawn: list[ApplianceError] | None = None,
     appraise: Callable[[tuple[GpuEvidence, ...], bytes], Awaitable[AttestationResult]] = affirm,
     keyset_digest: Callable[[], bytes] = lambda: KEYSET,
+    *,
+    failures: int = 3,
 ) -> Epochs:
     return Epochs(
         collect=device.collect,
         appraise=appraise,
         keyset_digest=keyset_digest,
         deadline_s=30,
-        failures=3,
+        failures=failures,
         withdraw=([] if withdrawn is None else withdrawn).append,
         now=trio.current_time,
         log=configure_log(format="json", level="error"),
@@ -459,6 +461,98 @@ async def test_an_appraisal_that_hangs_fails_its_epoch_and_withdraws_after_its_c
                 await epochs.join("request", commitment(number))
         owner.cancel_scope.cancel()
     assert len(withdrawn) == 1
+
+
+async def test_an_appraisal_that_hangs_takes_no_time_from_the_next_epoch(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """The next one waited for it and then had failed, too: one defect was counted twice."""
+    withdrawn: list[ApplianceError] = []
+    device = Device()
+
+    async def appraise(gpus: tuple[GpuEvidence, ...], nonce: bytes) -> AttestationResult:
+        await trio.sleep(math.inf if nonce == device.nonces[0] else 2 * REPORT_S)
+        return await affirm(gpus, nonce)
+
+    epochs = make(device, withdrawn, appraise, failures=2)
+    outcomes: dict[int, str] = {}
+
+    async def one(number: int) -> None:
+        try:
+            check(await epochs.join("request", commitment(number)), number)
+            outcomes[number] = "attested"
+        except AttesterUnavailable:
+            outcomes[number] = "failed"
+
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        async with trio.open_nursery() as requests:
+            for number in range(3):
+                requests.start_soon(one, number)
+                await trio.sleep(REPORT_S / 2)
+        owner.cancel_scope.cancel()
+    assert outcomes == {0: "failed", 1: "attested", 2: "attested"}
+    assert not withdrawn
+
+
+async def test_epochs_end_once_for_the_first_reason(autojump_clock: trio.abc.Clock) -> None:
+    """A device that failed behind evidence that did not hold once had the last word."""
+    withdrawn: list[ApplianceError] = []
+    device = Device(fault=lambda number: DeviceFault("later") if number == 2 else None)
+
+    async def refuse(_gpus: tuple[GpuEvidence, ...], _nonce: bytes) -> AttestationResult:
+        await trio.sleep(2 * REPORT_S)
+        raise Unauthentic("bad signature")
+
+    epochs = make(device, withdrawn, refuse, failures=1)
+    seen: list[type[ApplianceError]] = []
+
+    async def one(number: int) -> None:
+        try:
+            await epochs.join("request", commitment(number))
+        except ApplianceError as error:
+            seen.append(type(error))
+
+    async with trio.open_nursery() as requests, trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        for number in range(2):
+            requests.start_soon(one, number)
+            await trio.sleep(REPORT_S / 2)
+    assert seen == [Unauthentic, Unauthentic]
+    assert [type(error) for error in withdrawn] == [Unauthentic]
+    assert isinstance(epochs.ended, Unauthentic)
+
+
+async def test_nobody_makes_way_for_a_device_that_failed_before_it_was_asked(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    """He waited for the appraisal of the epoch before, too."""
+
+    async def collect(nonce: bytes, asked: Callable[[], None]) -> tuple[GpuEvidence, ...]:
+        nonces.append(nonce)
+        if len(nonces) == 2:
+            raise DeviceFault("gone")
+        asked()
+        return (GpuEvidence("simulated", nonce, b"chain"),)
+
+    async def slowly(gpus: tuple[GpuEvidence, ...], nonce: bytes) -> AttestationResult:
+        await trio.sleep(20)
+        return await affirm(gpus, nonce)
+
+    nonces: list[bytes] = []
+    epochs = make(Device(), appraise=slowly)
+    epochs._collect = collect
+    async with trio.open_nursery() as owner:
+        owner.start_soon(epochs.run)
+        first = epochs.enter("request", commitment(0))
+        await trio.sleep(1)  # it is being appraised, and the device is idle
+        second = epochs.enter("request", commitment(1))
+        with trio.fail_after(1):
+            await epochs.make_way()
+        check(await first.wait(), 0)
+        with pytest.raises(DeviceFault):
+            await second.wait()
+        owner.cancel_scope.cancel()
 
 
 async def test_a_device_that_hangs_is_a_typed_error(autojump_clock: trio.abc.Clock) -> None:
