@@ -30,7 +30,7 @@ from appliance.serving.transcript import Transcript
 from appliance.wire.canonical import JsonObject, canonical_json
 from appliance.wire.checkpoint import RESOLVED_MODEL, Core, sign_checkpoint
 from appliance.wire.commitments import request_commitment
-from appliance.wire.openai import ChoicePlan, InferenceRequest, forwarded_bodies
+from appliance.wire.openai import ChoicePlan, InferenceRequest
 from appliance.wire.output import Output, output_of_answer
 from appliance.wire.receipt import (
     MAX_TEXT,
@@ -46,7 +46,6 @@ from appliance.wire.receipt import (
     RequestForwarded,
     RequestReceived,
     ResponseReturned,
-    forwarded_hash,
     is_usage,
     receipt_document,
     rewrite_of,
@@ -160,7 +159,7 @@ class ExchangeRecord:
         """The engine is about to get these requests.
 
         Args:
-            body_hash: as `forwarded_hash_of` makes it.
+            body_hash: over all of them, 32 bytes (`relay.prepare`).
         """
         identity = self._desk.identity
         engine = identity.manifest["engine"]
@@ -338,11 +337,6 @@ class ExchangeRecord:
                 data=sign_receipt(document, key_id=key.public.key_id, sign=key.sign),
             )
         )
-
-
-def forwarded_hash_of(body: JsonObject, plans: Sequence[ChoicePlan]) -> bytes:
-    """SHA-256 of everything that is forwarded of a request; takes as long as it is large."""
-    return forwarded_hash(forwarded_bodies(body, plans))
 
 
 def _event(attested: Attested, phase: Phase, core_sha256: bytes | None = None) -> GpuAttested:

@@ -10,7 +10,7 @@ engine answers must become one. Nothing here waits with a deadline: whoever call
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,11 +37,17 @@ from appliance.errors import (
 )
 from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Exchange
-from appliance.serving.workers import Work
+from appliance.serving.workers import LARGE_BYTES, Work
 from appliance.wire.answers import ChunkMerger, merge_answers
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json, parse_json_object
-from appliance.wire.openai import ChoicePlan, InferenceRequest, forwarded_body
+from appliance.wire.openai import (
+    ChoicePlan,
+    InferenceRequest,
+    forwarded_bodies,
+    forwarded_body,
+)
 from appliance.wire.output import decode_embeddings, encode_answer
+from appliance.wire.receipt import forwarded_hash
 from appliance.wire.sse import DONE_EVENT, Block, BlockReader, encode_event, split_events
 
 
@@ -80,10 +86,41 @@ def connect(address: EngineAddress, exchange: Exchange, *, count: int) -> list[E
     return connections
 
 
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """What the engine is to get of a request.
+
+    Attributes:
+        body_hash: over all bodies, as the receipt has it, 32 bytes.
+        bodies: one for each plan; none where they are too large to be kept until they are sent,
+            and are made again then.
+    """
+
+    body_hash: bytes
+    bodies: tuple[bytes, ...] = field(repr=False)
+
+
+def prepare(body: JsonObject, plans: Sequence[ChoicePlan]) -> Outgoing:
+    """Make what is forwarded of a request; takes as long as it is large."""
+    kept, size = list[bytes](), 0
+
+    def each() -> Iterator[bytes]:
+        nonlocal size
+        for made in forwarded_bodies(body, plans):
+            size += len(made)
+            if size < LARGE_BYTES:
+                kept.append(made)
+            yield made
+
+    body_hash = forwarded_hash(each())
+    return Outgoing(body_hash, tuple(kept) if size < LARGE_BYTES else ())
+
+
 async def forward(
     connections: Sequence[EngineConnection],
     request: InferenceRequest,
     plans: Sequence[ChoicePlan],
+    outgoing: Outgoing,
     exchange: Exchange,
     aborts: Aborts,
     *,
@@ -96,6 +133,7 @@ async def forward(
 
     Args:
         connections: of the exchange, one for each plan.
+        outgoing: as `prepare` made it.
         work: how to put a body of this size in canonical form.
         until: when all of them must have been sent, on Trio's clock.
 
@@ -106,11 +144,14 @@ async def forward(
     """
     path = request.endpoint.value
     responses = []
-    for connection, plan in zip(connections, plans, strict=True):
-        try:
-            body = await work(partial(forwarded_body, request.body, plan))
-        except Overloaded as error:
-            raise EngineUnavailable(f"the request was not sent: {error.message}") from error
+    for number, (connection, plan) in enumerate(zip(connections, plans, strict=True)):
+        if outgoing.bodies:
+            body = outgoing.bodies[number]
+        else:
+            try:
+                body = await work(partial(forwarded_body, request.body, plan))
+            except Overloaded as error:
+                raise EngineUnavailable(f"the request was not sent: {error.message}") from error
         if "rid" in plan.set:  # embeddings have none; the engine notices when nobody listens
             exchange.on_abandon(partial(aborts.add, str(plan.set["rid"])))
         if exchange.interrupted is not None:

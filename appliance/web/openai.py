@@ -32,7 +32,7 @@ from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import Authenticator, Tenant, cache_salt, known
 from appliance.serving.epochs import Epochs
-from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk, forwarded_hash_of
+from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
 from appliance.serving.metrics import (
     CLIENT_DISCONNECTED,
     ExchangeMetrics,
@@ -45,6 +45,7 @@ from appliance.serving.relay import (
     connect,
     event_source,
     forward,
+    prepare,
 )
 from appliance.serving.tokenizing import ModelTokenizer
 from appliance.serving.workers import Work, Workers
@@ -279,7 +280,7 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
         cache_salt=cache_salt(services.cache_secret, arrival.tenant),
         max_choices=limits.max_choices,
     )
-    body_hash = await arrival.work(partial(forwarded_hash_of, wanted.body, plans))
+    outgoing = await arrival.work(partial(prepare, wanted.body, plans))
     # 5. Admit, in turn. From here on the request's end, whatever it is, releases the exchange.
     exchange = await services.admission.admit(arrival.tenant, places=len(plans))
     arrival.cleanup.callback(exchange.release)
@@ -291,13 +292,14 @@ async def _infer(services: InferenceServices, arrival: _Arrival) -> Response:
         attested = await evidence.attested(exchange)
         record.admitted(attested)
         # 7. Forward and relay.
-        record.forwarded(body_hash, plans)
+        record.forwarded(outgoing.body_hash, plans)
         patience_s = limits.engine_first_event_s if wanted.stream else limits.generation_s
         deadline = trio.current_time() + patience_s
         responses = await forward(
             connections,
             wanted,
             plans,
+            outgoing,
             exchange,
             services.aborts,
             work=arrival.work,

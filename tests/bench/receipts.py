@@ -23,11 +23,12 @@ from appliance.log import configure_log
 from appliance.rats.result import AttestationResult, Tier
 from appliance.serving.auth import Tenant
 from appliance.serving.epochs import Attested, Epoch
-from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk, forwarded_hash_of
+from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
 from appliance.serving.identity import create_identity
 from appliance.serving.image_facts import ImageFacts
 from appliance.serving.keys import create_signing_key
 from appliance.serving.receipts import ReceiptStore
+from appliance.serving.relay import prepare
 from appliance.verifier.bundle import parse_bundle
 from appliance.verifier.check import check, load_rules
 from appliance.wire.canonical import JsonObject, parse_json_object
@@ -77,7 +78,7 @@ class _Desk:
         record.begin()
         record.admitted(self._attested())
         plans = plan_choices(request, response_id=chat_id, seed=1, cache_salt="s", max_choices=1)
-        record.forwarded(forwarded_hash_of(request.body, plans), plans)
+        record.forwarded(prepare(request.body, plans).body_hash, plans)
         for event in self.events:
             record.write(event)
         return record

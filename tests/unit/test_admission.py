@@ -29,7 +29,7 @@ from appliance.serving.aborts import Aborts
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import ANONYMOUS, Tenant
 from appliance.serving.lifecycle import Lifecycle, State
-from appliance.serving.relay import connect, forward
+from appliance.serving.relay import connect, forward, prepare
 from appliance.serving.turns import FREE_SHARE, RETRY_AFTER_S
 from appliance.serving.workers import Workers
 from appliance.wire.openai import Endpoint, parse_request, plan_choices
@@ -693,8 +693,11 @@ async def test_what_may_not_be_sent_any_more_does_not_reach_the_engine(why: str)
         work = Workers("bodies", max_waiting=1, max_wait_s=1).for_size("alice", size=1)
         connections = connect(address, exchange, count=len(plans))
         aborts = Aborts(address, log=LOG)
+        outgoing = prepare(request.body, plans)
         with pytest.raises(NotServing if why == "interrupted" else EngineStreamFailed):
-            await forward(connections, request, plans, exchange, aborts, work=work, until=until)
+            await forward(
+                connections, request, plans, outgoing, exchange, aborts, work=work, until=until
+            )
         await trio.testing.wait_all_tasks_blocked(0.05)
         nursery.cancel_scope.cancel()
     assert not asked  # not one byte, though it may have been connected to

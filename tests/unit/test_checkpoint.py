@@ -36,13 +36,14 @@ from appliance.rats.result import AttestationResult, Tier, conclude
 from appliance.serving.admission import Admission, Exchange
 from appliance.serving.auth import Tenant
 from appliance.serving.epochs import Epochs
-from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk, forwarded_hash_of
+from appliance.serving.exchanges import ExchangeRecord, ReceiptDesk
 from appliance.serving.identity import Identity, create_identity
 from appliance.serving.image_facts import ImageFacts
 from appliance.serving.keys import create_signing_key
 from appliance.serving.lifecycle import Lifecycle, State
 from appliance.serving.metrics import Metrics
 from appliance.serving.receipts import ReceiptStore
+from appliance.serving.relay import prepare
 from appliance.web.stream import ProvenStreamBody, StreamProof, UncleanEnd
 from appliance.wire.canonical import JsonObject, JsonValue, canonical_json
 from appliance.wire.checkpoint import (
@@ -507,7 +508,7 @@ class Stream:
         self.record.understood(request, "c")
         self.record.begin()
         self.record.admitted(await epochs.join("request", self.record.commitment))
-        self.record.forwarded(forwarded_hash_of(self.wanted, plans), plans)
+        self.record.forwarded(prepare(self.wanted, plans).body_hash, plans)
         self.proof = request.proof
         self.observed = Metrics(lifecycle, clock=trio.current_time).observe("/v1/x")
         return store
