@@ -76,7 +76,7 @@ def connect(address: EngineAddress, exchange: Exchange, *, count: int) -> list[E
     The connections belong to the exchange from here on: its end closes them.
 
     Raises:
-        EngineUnavailable: the engine does not take them, or there is no descriptor left.
+        EngineUnavailable: there is no descriptor left to ask it with.
     """
     connections = list[EngineConnection]()
     for _ in range(count):
