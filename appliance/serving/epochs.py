@@ -40,7 +40,8 @@ from appliance.wire.merkle import MAX_LEAVES, MerkleTree
 T = TypeVar("T")
 
 MAX_WAITING = 8 * MAX_LEAVES
-"""Members in line; far beyond what admission and the reports' rates let through."""
+"""Members in line; far beyond what stands there. A request that is refused leaves it at once, and
+one that is read, or waits for its place, is in a bounded line for that."""
 
 GATHER_TURNS = 8
 """Of the event loop in which nobody came, until an epoch after an idle time is closed. A request
@@ -203,8 +204,8 @@ class Epochs:
 
     async def make_way(self) -> None:
         """For a member: let those who come in the same moment stand in line first. Where the device
-        is idle and about to be asked, this waits until it is, `GATHER_SHARE` of a collection at
-        most."""
+        is idle and about to be asked, this waits until it has been: `GATHER_SHARE` of a collection
+        at most, and as long as the question takes to be sent, or to fail by its own deadline."""
         if not self._asked.is_set():
             await self._asked.wait()
 
