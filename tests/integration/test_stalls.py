@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import trio
 
 from appliance.web.openai import MAX_TOKENIZED_CHARACTERS
+from appliance.wire.receipt import parse_receipt, read_events
 from tests.integration.aftermath import LIVE, LIVE_BODY
 from tests.integration.appliance import (
     MODEL,
@@ -103,6 +105,25 @@ async def test_a_heavy_body_holds_up_nobody_else(appliance: RunningAppliance, na
     if status == 400 and path == CHAT:
         assert response.json()["error"]["code"] == "malformed"
         assert "max_json_values" in response.json()["error"]["message"]
+
+
+async def test_an_answer_that_takes_too_long_to_read_is_refused_and_its_receipt_says_so(
+    nursery: trio.Nursery, tmp_path: Path
+) -> None:
+    appliance = await start_appliance(nursery, tmp_path, sections={"limits": {"max_wait_s": 0.1}})
+    async with appliance.client() as client:
+        response = await client.post(CHAT, content=with_logprobs(12_000))
+        assert response.status_code == 503, response.text[:300]
+        assert response.json()["error"]["code"] == "overloaded"
+        assert len(response.content) < 1000  # nothing of the answer
+        receipt = await client.get(f"/v1/aci/receipts/{response.headers['x-receipt-id']}")
+        log = read_events(parse_receipt(receipt.content))
+        assert log.forwarded is not None
+        assert log.output is None
+        assert (log.ended.outcome, log.ended.code) == ("refused", "overloaded")
+        assert log.returned.body_hash == hashlib.sha256(response.content).digest()
+        small = {"model": MODEL, "messages": QUESTION}
+        assert (await client.post(CHAT, json=small)).status_code == 200
 
 
 async def test_the_end_of_the_appliance_waits_for_no_tokenizer(
